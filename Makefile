@@ -1,0 +1,32 @@
+# make demo   trains on XLA with tensorly_tt and ends with a table of results
+# make test   lint, types and every test
+# Both set up .venv at the root first; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := xla,tensorly,dev
+
+.PHONY: demo test setup lint clean
+
+demo: .venv/.installed
+	$(BIN)/python launch/run.py --device xla --plugin tensorly_tt
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/.installed
+
+# Editable installs read entry points at install time, so a change of setup.cfg installs again.
+.venv/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dlrm_xla needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

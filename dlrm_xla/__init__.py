@@ -1,0 +1,3 @@
+"""DLRM with replaceable embedding tables, on TPU through torch-xla, on CUDA and on CPU."""
+
+__version__ = "0.1.0"

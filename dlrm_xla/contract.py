@@ -1,0 +1,66 @@
+"""What a plugin gets and what it must give back. Third parties build on this file.
+
+Shape suffixes used in the whole project:
+
+    B  samples in a batch          I  dense (integer) features       D  width of an embedding row
+    L  slots of one feature's bag  S  slots of all bags together     N  flat list of looked-up ids
+    R  rows of a table             F  categorical features           U  segments of equal ids
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Concatenate, NamedTuple
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Table:
+    """One categorical feature's embedding table: ``num_rows`` rows of ``dim`` numbers.
+
+    Ids run from 0 to ``num_rows - 1``. Id 0 means missing or unseen in training; 1, 2, ... are ordered by
+    falling frequency in the training part, so the k hottest rows are ``ids <= k``.
+
+    ``std`` is the standard deviation that looked-up rows must have at the start. ``None`` is the reference's
+    uniform(-1/sqrt(num_rows), 1/sqrt(num_rows)), hence 1/sqrt(3 num_rows). A plugin that asks ``inner`` for a
+    shorter or narrower table passes the ``std`` that makes its *own* output start like the exact table.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    std: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1 or self.dim < 1:
+            raise ValueError(f"table {self.name}: {self.num_rows} rows x {self.dim} is not a table; both must be >= 1")
+        if self.num_rows > 2**31 - 1:
+            raise ValueError(f"table {self.name}: {self.num_rows} rows do not fit the int32 ids of the contract")
+
+    @property
+    def start_std(self) -> float:
+        """Standard deviation of a row's numbers at the start."""
+        return 1 / math.sqrt(3 * self.num_rows) if self.std is None else self.std
+
+
+class Batch(NamedTuple):
+    """Samples with fixed shapes: the last batch of an epoch is padded, never shorter.
+
+    ``dense_BI`` float32 [B, I]; ``ids[f]`` int32 [B, L_f]; ``weights[f]`` float32 [B, L_f], 0 in a padded slot;
+    ``labels_B`` float32 [B], 0 or 1, and -1 in a padded sample, which counts for nothing.
+    """
+
+    dense_BI: Tensor
+    ids: list[Tensor]
+    weights: list[Tensor]
+    labels_B: Tensor
+
+
+MakeBag = Callable[[Table], nn.Module]
+"""Builds the module for a table. The module maps (ids_BL int32, weights_BL) to out_BD, the weighted sum of rows."""
+
+Plugin = Callable[Concatenate[Table, MakeBag, ...], nn.Module]
+"""``def plugin(table, inner, *, option=default) -> nn.Module``; keyword-only arguments are its options."""

@@ -1,0 +1,147 @@
+"""DLRM: bottom MLP on dense features, one bag per categorical feature, interaction, top MLP.
+
+Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems"; the
+low-rank cross interaction is DCN-V2, Wang et al. 2021, section 4.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table
+
+InteractionName = Literal["dot", "cat", "dcn"]
+
+
+def mlp(widths: Sequence[int], *, relu_last: bool) -> nn.Sequential:
+    """Linear layers with ReLU between them, initialised as the reference does.
+
+    Weights [m, n] start normal(0, sqrt(2 / (m + n))), biases normal(0, sqrt(1 / m)), m outputs and n inputs
+    (facebookresearch/dlrm, ``create_mlp``).
+    """
+    layers: list[nn.Module] = []
+    for position, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        linear = nn.Linear(n, m)
+        nn.init.normal_(linear.weight, std=math.sqrt(2 / (m + n)))
+        nn.init.normal_(linear.bias, std=math.sqrt(1 / m))
+        layers.append(linear)
+        if relu_last or position < len(widths) - 2:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class DotInteraction(nn.Module):
+    """Dense vector followed by the dot products of all pairs of vectors: [B, D], F x [B, D] -> [B, D + F(F+1)/2].
+
+    Pairs (i, j), j < i, row by row, without a vector's product with itself, the dense vector first.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, num_features: int, dim: int) -> None:
+        super().__init__()
+        n = num_features + 1
+        self.out_width = dim + n * (n - 1) // 2
+        # Flat positions of the lower triangle; computed here because tril_indices falls back to the CPU on xla.
+        self.register_buffer("pairs", torch.tensor([i * n + j for i in range(n) for j in range(i)]), persistent=False)
+
+    def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
+        vectors_BFD = torch.stack([dense_BD, *bags], dim=1)
+        products_BFF = torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2))
+        return torch.cat([dense_BD, products_BFF.flatten(1).index_select(1, self.pairs)], dim=1)
+
+
+class CatInteraction(nn.Module):
+    """All vectors side by side: [B, D], F x [B, D] -> [B, (F + 1) D]."""
+
+    def __init__(self, num_features: int, dim: int) -> None:
+        super().__init__()
+        self.out_width = (num_features + 1) * dim
+
+    def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
+        return torch.cat([dense_BD, *bags], dim=1)
+
+
+class LowRankCross(nn.Module):
+    """DCN-V2 cross layers of low rank over the concatenated vectors x_0 [B, (F + 1) D].
+
+        x_{l+1} = x_0 * (W_l V_l x_l + b_l) + x_l,    V_l [rank, width], W_l [width, rank]
+
+    Wang et al. 2021, equation 2. Weights start Xavier normal and biases zero, as in MLPerf's DLRM-DCNv2.
+    """
+
+    def __init__(self, num_features: int, dim: int, num_layers: int, rank: int) -> None:
+        super().__init__()
+        self.out_width = (num_features + 1) * dim
+        self.v = nn.ModuleList(nn.Linear(self.out_width, rank, bias=False) for _ in range(num_layers))
+        self.w = nn.ModuleList(nn.Linear(rank, self.out_width) for _ in range(num_layers))
+        for v, w in zip(self.v, self.w, strict=True):
+            assert isinstance(v, nn.Linear)
+            assert isinstance(w, nn.Linear)
+            nn.init.xavier_normal_(v.weight)
+            nn.init.xavier_normal_(w.weight)
+            nn.init.zeros_(w.bias)
+
+    def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
+        x0 = x = torch.cat([dense_BD, *bags], dim=1)
+        for v, w in zip(self.v, self.w, strict=True):
+            x = x0 * w(v(x)) + x
+        return x
+
+
+class DLRM(nn.Module):
+    """Click logits from dense features and bags: (dense_BI, ids, weights) -> logits_B.
+
+    ``bottom`` and ``top`` are hidden widths: the bottom MLP goes num_dense - bottom... - dim, the top MLP from the
+    interaction's width over ``top`` to 1. ReLU after every layer but the last of the top MLP, whose sigmoid belongs
+    to the loss. ``make_bags`` gives the builder of each table's bag.
+
+    The parameters of one part do not depend on another: each part draws from its own seed, so a run with another
+    plugin starts from the same MLPs and the same untouched tables.
+    """
+
+    def __init__(
+        self,
+        num_dense: int,
+        tables: Sequence[Table],
+        make_bags: Sequence[MakeBag],
+        *,
+        bottom: Sequence[int],
+        top: Sequence[int],
+        interaction: InteractionName = "dot",
+        cross_layers: int = 3,
+        cross_rank: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        dims = {table.dim for table in tables}
+        if len(dims) != 1:
+            raise ValueError(f"all tables of a DLRM have one width, but these have {sorted(dims)}")
+        dim = dims.pop()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.bottom = mlp([num_dense, *bottom, dim], relu_last=True)
+            self.interaction: DotInteraction | CatInteraction | LowRankCross
+            if interaction == "dot":
+                self.interaction = DotInteraction(len(tables), dim)
+            elif interaction == "cat":
+                self.interaction = CatInteraction(len(tables), dim)
+            else:
+                self.interaction = LowRankCross(len(tables), dim, cross_layers, cross_rank)
+            self.top = mlp([self.interaction.out_width, *top, 1], relu_last=False)
+            bags = []
+            for position, (table, make_bag) in enumerate(zip(tables, make_bags, strict=True)):
+                torch.manual_seed(1_000_003 * (seed + 1) + position)
+                bags.append(make_bag(table))
+            self.bags = nn.ModuleList(bags)
+
+    def forward(self, dense_BI: Tensor, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        dense_BD = self.bottom(dense_BI)
+        bags = [bag(i, w) for bag, i, w in zip(self.bags, ids, weights, strict=True)]
+        logits_B1: Tensor = self.top(self.interaction(dense_BD, bags))
+        return logits_B1.squeeze(1)

@@ -1,0 +1,175 @@
+"""Plugins: found through entry points, written as ``a:key=value+b``, composed from the outside in.
+
+``hash_rows:rows=1000+random_projection`` asks hash_rows for the bag, hash_rows asks random_projection for the
+shorter table, and random_projection asks the exact table for the narrower one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from dlrm_xla.contract import MakeBag, Plugin, Table
+from dlrm_xla.errors import UserError, choices
+
+GROUP = "dlrm_xla.plugins"
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One plugin of a composition with the options that were set."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Entry points by name, not yet imported. Two packages with one name are an error, never a silent choice."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.get(entry.name)
+        if other is not None and (other.value != entry.value or package(other) != package(entry)):
+            raise UserError(
+                f"two packages bring a plugin named {entry.name!r}: {package(other)} ({other.value}) and "
+                f"{package(entry)} ({entry.value}). Uninstall one of them, or have it choose another name."
+            )
+        found[entry.name] = entry
+    return found
+
+
+def package(entry: EntryPoint) -> str:
+    """Name and version of the package that brings an entry point."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
+
+
+def load(name: str) -> Plugin:
+    """Imports one plugin. An unknown name lists the known ones; a failing import names package and reason."""
+    known = installed()
+    if name not in known:
+        raise UserError(f"there is no plugin named {name!r}; {choices(name, [*known, EXACT])}")
+    entry = known[name]
+    try:
+        plugin: Plugin = entry.load()
+    except Exception as error:  # whatever a stranger's module raises on import
+        raise UserError(
+            f"plugin {name!r} of {package(entry)} does not import ({entry.value}): {type(error).__name__}: {error}. "
+            "Install what it needs, reinstall that package, or leave the plugin out."
+        ) from error
+    return plugin
+
+
+def options_of(plugin: Plugin) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a plugin, with evaluated annotations."""
+    signature = inspect.signature(plugin, eval_str=True)
+    return {p.name: p for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def parse(spec: str) -> list[Layer]:
+    """Reads ``a:key=value,key=value+b`` into layers, outermost first; ``exact`` and '' are no layers."""
+    layers = []
+    for part in spec.split("+"):
+        name, _, rest = part.strip().partition(":")
+        if name in (EXACT, ""):
+            if (name == "" or rest) and spec not in ("", EXACT):
+                raise UserError(f"cannot read the plugin {spec!r}; write a, a+b or a:key=value,key=value+b")
+            continue
+        plugin = load(name)
+        given: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, text = item.partition("=")
+            if not equals:
+                raise UserError(f"cannot read the option {item!r} of plugin {name!r}; write {name}:key=value,key=value")
+            given[key.strip()] = _value(name, plugin, key.strip(), text.strip())
+        layers.append(Layer(name, given))
+    return layers
+
+
+def check_options(name: str, plugin: Plugin, options: Mapping[str, Any]) -> None:
+    """Raises a UserError that names the good options where one is unknown or has the wrong type."""
+    for key, value in options.items():
+        _value(name, plugin, key, value)
+
+
+def _value(name: str, plugin: Plugin, key: str, given: Any) -> Any:
+    """The value of an option in the type its parameter asks for, read from text where it came as text."""
+    parameters = options_of(plugin)
+    if key not in parameters:
+        raise UserError(f"plugin {name!r} has no option {key!r}; {choices(key, parameters)}")
+    annotation = parameters[key].annotation
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for kind in typing.get_args(annotation) if is_union else (annotation,):
+        value = given
+        if isinstance(given, str) and kind is not str and typing.get_origin(kind) is not typing.Literal:
+            try:
+                value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(given.lower(), given))
+            except (ValueError, SyntaxError):
+                continue
+        if _fits(value, kind):
+            return value
+    raise UserError(f"option {key!r} of plugin {name!r} cannot be {given!r}; it takes {type_name(annotation)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is inspect.Parameter.empty or kind is Any:
+        return True
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if kind is type(None) or kind is None:
+        return value is None
+    plain = typing.get_origin(kind) or kind
+    if plain is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if plain is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, plain) if isinstance(plain, type) else True
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a user would write it: ``int``, ``int | None``, ``'mod' | 'signed'``."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def compose(layers: list[Layer], innermost: MakeBag) -> MakeBag:
+    """Nests the layers around ``innermost``; the first layer is asked for the bag."""
+    make = innermost
+    for layer in reversed(layers):
+        make = _around(layer, load(layer.name), make)
+    return make
+
+
+def _around(layer: Layer, plugin: Plugin, inner: MakeBag) -> MakeBag:
+    def make(table: Table) -> Any:
+        return plugin(table, inner, **layer.options)
+
+    return make
+
+
+def describe() -> list[dict[str, str]]:
+    """One row per installed plugin: name, package, options with defaults, first line of its docstring."""
+    rows = []
+    for name, entry in sorted(installed().items()):
+        row = {"name": name, "package": package(entry)}
+        try:
+            plugin = load(name)
+        except UserError as error:
+            rows.append(row | {"options": "", "summary": f"BROKEN: {error}"})
+            continue
+        options = ", ".join(
+            f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options_of(plugin).values()
+        )
+        summary = (inspect.getdoc(plugin) or "").partition("\n")[0]
+        rows.append(row | {"options": options, "summary": summary})
+    return rows

@@ -1,0 +1,1 @@
+"""The project's own approximations of embedding tables; each is found through the entry points of setup.cfg."""

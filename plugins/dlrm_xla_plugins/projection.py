@@ -1,0 +1,51 @@
+"""Random projections: narrow trained rows, widened by a fixed random matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table
+
+
+def random_projection(
+    table: Table, inner: MakeBag, *, dim: int = 4, kind: Literal["gaussian", "sparse_sign"] = "gaussian"
+) -> nn.Module:
+    """Narrow rows times a fixed random matrix; options: the rows' width and the matrix's distribution.
+
+        e_i = S[i] P,   P [dim, D] fixed, E[P_jk] = 0, E[P_jk^2] = 1 / dim
+
+    ``gaussian``: normal(0, 1/dim). ``sparse_sign``: sqrt(3/dim) times +1, 0, -1 with probability 1/6, 2/3, 1/6.
+    Keeps num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
+
+    Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1.
+    """
+    if not 1 <= dim < table.dim:
+        raise ValueError(f"random_projection: dim is {dim}, but must be from 1 to {table.dim - 1}, below the table's {table.dim}")
+    narrow = replace(table, name=f"{table.name}.narrow", dim=dim, std=table.start_std)
+    if kind == "gaussian":
+        matrix = torch.empty(dim, table.dim).normal_(std=1 / math.sqrt(dim))
+    else:
+        uniform = torch.empty(dim, table.dim).uniform_()
+        sign = (uniform > 5 / 6).float() - (uniform < 1 / 6).float()
+        matrix = sign * math.sqrt(3 / dim)
+    return ProjectedBag(inner(narrow), matrix)
+
+
+class ProjectedBag(nn.Module):
+    """out_BD = bag(ids, weights) P: the sum of a bag is projected once, which is the same by linearity."""
+
+    matrix: Tensor
+
+    def __init__(self, bag: nn.Module, matrix: Tensor) -> None:
+        super().__init__()
+        self.bag = bag
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        out_BD: Tensor = self.bag(ids_BL, weights_BL) @ self.matrix
+        return out_BD
