@@ -167,9 +167,7 @@ def describe() -> list[dict[str, str]]:
         except UserError as error:
             rows.append(row | {"options": "", "summary": f"BROKEN: {error}"})
             continue
-        options = ", ".join(
-            f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options_of(plugin).values()
-        )
+        options = ", ".join(f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options_of(plugin).values())
         summary = (inspect.getdoc(plugin) or "").partition("\n")[0]
         rows.append(row | {"options": options, "summary": summary})
     return rows

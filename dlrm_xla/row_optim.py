@@ -53,7 +53,8 @@ class RowOptimizer:
         self.eps = eps
         self.state: list[Tensor] = []
         if name == "adagrad":
-            self.state = [torch.zeros(len(t.weight), device=t.weight.device) for t in self.tables]
+            # Made on the host: zeros made on xla would be one more graph to compile.
+            self.state = [torch.zeros(len(t.weight)).to(t.weight.device) for t in self.tables]
 
     @torch.no_grad()
     def step(self) -> None:

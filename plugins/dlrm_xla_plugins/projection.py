@@ -25,7 +25,9 @@ def random_projection(
     Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1.
     """
     if not 1 <= dim < table.dim:
-        raise ValueError(f"random_projection: dim is {dim}, but must be from 1 to {table.dim - 1}, below the table's {table.dim}")
+        raise ValueError(
+            f"random_projection: dim is {dim}, but must be from 1 to {table.dim - 1}, below the table's {table.dim}"
+        )
     narrow = replace(table, name=f"{table.name}.narrow", dim=dim, std=table.start_std)
     if kind == "gaussian":
         matrix = torch.empty(dim, table.dim).normal_(std=1 / math.sqrt(dim))

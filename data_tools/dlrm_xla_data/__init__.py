@@ -1,0 +1,1 @@
+"""Raw click logs -> prepared dataset -> batches; and synthetic rows with a planted signal."""

@@ -1,0 +1,149 @@
+"""The prepared dataset: plain .npy arrays and one meta.json, readable with numpy alone.
+
+    labels.npy   int8    [N]     0 or 1
+    dense.npy    float32 [N, I]  transformed, missing is 0
+    ids.npy      int32   [N, S]  slots of all features side by side; 0 missing or unseen in training
+    counts.npy   int64   [sum]   for each feature, how often its ids 1, 2, ... occur in training (falling)
+    meta.json    format, source, dense and table names, bag lengths, ids per table, splits; written last
+
+A folder gets its name only when it is whole: it is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm_xla.errors import UserError
+
+FORMAT = "dlrm_xla prepared 1"
+SPLITS = ("train", "test", "validation")
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """Columns of a click log, in memory or mapped from disk; see the module for shapes."""
+
+    labels: NDArray[np.int8]
+    dense: NDArray[np.float32]
+    ids: NDArray[np.int32]
+    counts: list[NDArray[np.int64]]
+    names: list[str]
+    bag_lengths: list[int]
+    splits: dict[str, tuple[int, int]]
+    source: dict[str, Any]
+
+    def num_rows(self, feature: int, min_count: int) -> int:
+        """Rows of a feature's table when ids seen less often than ``min_count`` in training share row 0."""
+        counts = self.counts[feature]
+        return 1 + int(np.searchsorted(-counts, -min_count, side="right"))
+
+    def click_rate(self, split: str) -> float:
+        """Share of clicks in a split."""
+        start, stop = self.splits[split]
+        return float(self.labels[start:stop].mean())
+
+
+def day_split(num_rows: int, days: int = 7) -> dict[str, tuple[int, int]]:
+    """DLRM's own split of a log in time order: all days but the last train, its first half tests, its second validates.
+
+    Days are equal shares of the rows, the first ones a row longer where they do not divide
+    (facebookresearch/dlrm, data_utils.py and dlrm_data_pytorch.py).
+    """
+    last_day = num_rows // days
+    start = num_rows - last_day
+    middle = start + (last_day + 1) // 2
+    if last_day < 2:
+        raise UserError(f"{num_rows} rows are too few for the day split: it needs {2 * days}, or two a day")
+    return {"train": (0, start), "test": (start, middle), "validation": (middle, num_rows)}
+
+
+def save_meta(folder: Path, dataset_meta: dict[str, Any]) -> None:
+    """Writes meta.json, the mark of a whole dataset."""
+    with (folder / "meta.json").open("w") as file:
+        json.dump({"format": FORMAT, **dataset_meta}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The metadata of a prepared dataset; a UserError where the folder is not one of this version."""
+    path = folder / "meta.json"
+    remedy = "Delete the folder and give the raw log to --data again."
+    if not path.is_file():
+        raise UserError(f"{folder} holds no meta.json: it is not a prepared dataset, or only half of one. {remedy}")
+    try:
+        meta = json.loads(path.read_text())
+        found = meta.get("format")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
+    if found != FORMAT:
+        raise UserError(f"{folder} was prepared as {found!r}, but this version reads {FORMAT!r}. {remedy}")
+    return dict(meta)
+
+
+def open_prepared(folder: Path) -> PreparedDataset:
+    """Maps a prepared dataset into memory, after checking that it is whole."""
+    meta = read_meta(folder)
+    try:
+        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("labels", "dense", "ids", "counts")}
+        per_table = meta["ids_per_table"]
+        shapes = {
+            "labels": (meta["num_rows"],),
+            "dense": (meta["num_rows"], len(meta["dense"])),
+            "ids": (meta["num_rows"], sum(meta["bag_lengths"])),
+            "counts": (sum(per_table),),
+        }
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name}.npy is {arrays[name].shape}, meta.json says {shape}")
+        return PreparedDataset(
+            arrays["labels"],
+            arrays["dense"],
+            arrays["ids"],
+            np.split(np.asarray(arrays["counts"]), np.cumsum(per_table)[:-1]),
+            meta["tables"],
+            meta["bag_lengths"],
+            {name: (int(a), int(b)) for name, (a, b) in meta["splits"].items()},
+            meta["source"],
+        )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(
+            f"{folder} is not a whole prepared dataset: {error}. Delete it and give the raw log to --data again."
+        ) from error
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder that gets its real name when the block ends well, and vanishes when it does not.
+
+    A full disk and a folder that may not be written are told as what they are.
+    """
+    scratch = folder.with_name(f"{folder.name}.unfinished")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full while writing {folder}; nothing of it was kept. Free some space or give "
+                "--data-cache a folder on another disk."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise UserError(f"cannot write {folder}: {error.strerror}. Give --data-cache a folder of yours.") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

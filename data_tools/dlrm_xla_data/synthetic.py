@@ -1,0 +1,101 @@
+"""Synthetic rows of Criteo's shape with a planted signal, so that the best reachable AUC is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm_xla_data.prepared import PreparedDataset, day_split
+
+NUM_DENSE = 13
+ZIPF_EXPONENT = 1.05
+MISSING_SHARE = 0.05
+
+
+def synthesize(
+    num_rows: int, table_rows: Sequence[int], bag_lengths: Sequence[int] = (), seed: int = 0
+) -> tuple[PreparedDataset, float]:
+    """Rows whose click probability is known, and the AUC of that probability on the test rows.
+
+        logit = b + sum_j a_j dense_j + sum_f s mean_l u_f(id_l) + sum_(f, g) c v_f(id) v_g(id')
+
+    with hidden normal effects u and v per id, so nothing but memory of ids and their pairs predicts clicks. Ids are
+    Zipf distributed with exponent 1.05, a twentieth is missing. No model can be expected to do better on the test rows
+    than the probability that drew their labels.
+
+    table_rows: rows of each table, id 0 included, kept even for ids that never occur; bag_lengths: ids per bag.
+    """
+    rng = np.random.default_rng(seed)
+    bags = list(bag_lengths) or [1] * len(table_rows)
+    splits = day_split(num_rows)
+    num_train = splits["train"][1]
+    dense = rng.exponential(size=(num_rows, NUM_DENSE)).astype(np.float32)
+    num_tables = len(table_rows)
+    logits = (dense - 1) @ rng.normal(scale=0.5 / np.sqrt(NUM_DENSE), size=NUM_DENSE)
+    factors = np.zeros((num_tables, num_rows), np.float32)
+    all_ids = np.empty((num_rows, sum(bags)), np.int32)
+    counts = []
+    for table, (rows, bag) in enumerate(zip(table_rows, bags, strict=True)):
+        drawn = _zipf(rng, rows - 1, num_rows * bag)
+        drawn[rng.random(len(drawn)) < MISSING_SHARE] = 0
+        per_row = drawn.reshape(num_rows, bag)
+        logits += 1.0 / np.sqrt(num_tables) * _normal(seed, 2 * table, per_row).mean(1)
+        factors[table] = _normal(seed, 2 * table + 1, per_row).mean(1)
+        ids, falling = _by_frequency(per_row, rows, num_train)
+        all_ids[:, sum(bags[:table]) : sum(bags[: table + 1])] = ids
+        counts.append(falling)
+    pairs = [(f, (f + 1) % num_tables) for f in range(num_tables)]
+    logits += sum(0.6 / np.sqrt(num_tables) * factors[f] * factors[g] for f, g in pairs)
+    logits -= 1.2
+    probability = 1 / (1 + np.exp(-logits))
+    labels = (rng.random(num_rows) < probability).astype(np.int8)
+    names = [f"C{k + 1}" for k in range(num_tables)]
+    dataset = PreparedDataset(labels, dense, all_ids, counts, names, bags, splits, {"synthetic": True, "seed": seed})
+    return dataset, _auc(labels, logits, splits["test"])
+
+
+def _auc(labels: NDArray[np.int8], logits: NDArray[np.float64], part: tuple[int, int]) -> float:
+    from dlrm_xla.metrics import click_metrics
+
+    rows = slice(*part)
+    return click_metrics(labels[rows].astype(np.float32), logits[rows].astype(np.float32))["auc"]
+
+
+def _zipf(rng: np.random.Generator, largest: int, size: int) -> NDArray[np.int64]:
+    """Ranks 1 to ``largest``, P(r) about r^-1.05: the density inverted on [1, largest + 1), rounded down."""
+    if largest < 1:
+        return np.zeros(size, np.int64)
+    power = 1 - ZIPF_EXPONENT
+    uniform = rng.random(size)
+    ranks = ((float(largest + 1) ** power - 1) * uniform + 1) ** (1 / power)
+    return np.minimum(ranks.astype(np.int64), largest)
+
+
+def _by_frequency(ids: NDArray[np.int64], rows: int, num_train: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Renames ids 1.. by falling frequency in the training rows and gives 0 to those that do not occur there."""
+    counts = np.bincount(ids[:num_train].ravel(), minlength=rows)[1:]
+    order = np.argsort(-counts, kind="stable")
+    renamed = np.zeros(rows, np.int32)
+    renamed[1:][order] = np.arange(1, rows)
+    renamed[1:][counts == 0] = 0
+    return renamed[ids], counts[order].astype(np.int64)
+
+
+def _normal(seed: int, stream: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """A standard normal number for each (seed, stream, id), the same wherever it occurs; 0 for id 0.
+
+    Two rounds of splitmix64 (Steele et al. 2014) and Box-Muller, so no table of effects is kept.
+    """
+    key = np.uint64((seed * 1_000_003 + stream) % 2**64)
+    first = _splitmix(ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + _splitmix(np.array(key)))
+    uniform = [(x >> np.uint64(11)).astype(np.float64) / 2**53 for x in (first, _splitmix(first))]
+    normal = np.sqrt(-2 * np.log1p(-uniform[0])) * np.cos(2 * np.pi * uniform[1])
+    return np.where(ids == 0, 0, normal).astype(np.float32)
+
+
+def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)

@@ -1,0 +1,56 @@
+"""Batches on their way from the host to the model.
+
+A batch travels as few arrays as possible and is split into the contract's `Batch` inside the step's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dlrm_xla.contract import Batch
+
+
+class PackedBatch(NamedTuple):
+    """All features side by side: dense_BI float32, ids_BS int32, labels_B float32 (-1: padded sample).
+
+    ``weights_BS`` is None where every slot of a real sample counts once.
+    """
+
+    dense_BI: Tensor
+    ids_BS: Tensor
+    labels_B: Tensor
+    weights_BS: Tensor | None = None
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on a device."""
+        return PackedBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+def unpack(packed: PackedBatch, bag_lengths: Sequence[int]) -> Batch:
+    """Splits ids and weights by feature; every slot of a padded sample gets weight 0."""
+    real_B1 = (packed.labels_B >= 0).to(packed.dense_BI.dtype).unsqueeze(1)
+    ids = list(packed.ids_BS.split(list(bag_lengths), dim=1))
+    if packed.weights_BS is None:
+        weights = [real_B1.expand(-1, length) for length in bag_lengths]
+    else:
+        weights = list((packed.weights_BS * real_B1).split(list(bag_lengths), dim=1))
+    return Batch(packed.dense_BI, ids, weights, packed.labels_B)
+
+
+class Source(Protocol):
+    """What a training loop asks of a dataset; every batch has one shape."""
+
+    batch_size: int
+
+    def num_batches(self, split: str) -> int:
+        """Batches in one pass over a split: "train", "validation" or "test"."""
+
+    def batches(self, split: str, epoch: int = 0) -> Iterator[PackedBatch]:
+        """One pass; training rows in an order that only (seed, epoch) decides, others as they lie."""
+
+    def labels(self, split: str) -> Tensor:
+        """Labels of a split, float32, 0 or 1, in the order of ``batches`` of an evaluation split."""

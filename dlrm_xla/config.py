@@ -1,0 +1,143 @@
+"""Every setting of a run, where its value came from, and the presets.
+
+Flags win over the configuration file, the file over the preset, the preset over the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dlrm_xla.errors import UserError, choices
+from dlrm_xla.presets import PRESETS
+from dlrm_xla.registry import type_name
+
+DenseOptimizerName = Literal["sgd", "adagrad", "adam"]
+
+
+def _setting(default: Any, help: str, *, flag: bool = True) -> Any:
+    metadata = {"help": help, "flag": flag}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved settings of one run. Those with ``flag`` in their metadata are flags of ``launch/run.py``."""
+
+    device: Literal["cpu", "cuda", "xla"] = _setting("cpu", "where the run takes place")
+    plugin: str = _setting("exact", "what replaces the tables: exact, NAME, NAME:key=value,key=value or NAME+NAME")
+    data: str = _setting("", "raw Criteo log (.tsv, .txt, .gz) or prepared folder; none: synthetic rows")
+    data_cache: str = _setting("", "folder for the prepared copy of a raw log; none: beside the log")
+    out: str = _setting("", "run folder to create; none: a fresh one under runs/")
+    preset: str = _setting("small", "settings to start from: " + ", ".join(sorted(PRESETS)))
+    epochs: int = _setting(1, "passes over the training rows")
+    batch_size: int = _setting(512, "samples per step")
+    seed: int = _setting(0, "seed of the initial values and of the order of rows")
+    min_rows: int = _setting(1000, "tables with fewer rows than this stay exact")
+    min_count: int = _setting(1, "ids seen less often than this in training share the row of missing ids")
+    precision: Literal["fp32", "bf16"] = _setting(
+        "fp32", "bf16 runs matrix products under autocast; parameters stay fp32"
+    )
+    dim: int = _setting(16, "width of an embedding row")
+    dense_optimizer: DenseOptimizerName = _setting("adam", "optimizer of MLPs and of plugins' own parameters")
+    dense_lr: float = _setting(0.001, "its learning rate")
+    row_optimizer: Literal["sgd", "adagrad"] = _setting("adagrad", "optimizer of table rows; adagrad is row-wise")
+    row_lr: float = _setting(0.02, "its learning rate")
+    warmup_steps: int = _setting(0, "learning rates rise linearly over the first steps")
+    decay_start: int = _setting(0, "step at which polynomial decay of the learning rates begins")
+    decay_steps: int = _setting(0, "steps over which they decay to zero; 0: no decay")
+    patience: int = _setting(2, "stop after so many validations without a better AUC; 0: never")
+    log_every: int = _setting(50, "steps between log lines, the only steps at which the host reads the device")
+    evals_per_epoch: int = _setting(1, "validations per epoch")
+    synthetic_rows: int = _setting(200_000, "rows of the synthetic data that stand in when there is no --data")
+    tables: dict[str, str] = _setting({}, "plugins of single tables by name", flag=False)
+    bottom: list[int] = _setting([512, 256, 64], "hidden widths of the bottom MLP", flag=False)
+    top: list[int] = _setting([512, 256], "hidden widths of the top MLP", flag=False)
+    interaction: Literal["dot", "cat", "dcn"] = _setting("dot", "how vectors meet", flag=False)
+    cross_layers: int = _setting(3, "layers of the dcn interaction", flag=False)
+    cross_rank: int = _setting(512, "rank of the dcn interaction", flag=False)
+    decay_power: float = _setting(2.0, "power of the polynomial decay", flag=False)
+    synthetic_tables: list[int] = _setting([], "rows of each synthetic table", flag=False)
+    synthetic_bags: list[int] = _setting([], "ids per bag of each synthetic table; none: one each", flag=False)
+
+
+_POSITIVE = ("epochs", "batch_size", "min_count", "dim", "log_every", "evals_per_epoch", "synthetic_rows")
+_NOT_NEGATIVE = ("seed", "min_rows", "warmup_steps", "decay_start", "decay_steps", "patience")
+
+
+def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[str, str]]:
+    """The configuration and, for each setting, its origin: default, preset NAME, the file's name, or flag."""
+    from_file = _read(file) if file else {}
+    preset = str(flags.get("preset", from_file.get("preset", "small")))
+    if preset not in PRESETS:
+        raise UserError(f"there is no preset {preset!r}; {choices(preset, PRESETS)}")
+    values: dict[str, Any] = {}
+    origins = {f.name: "default" for f in dataclasses.fields(Config)}
+    for origin, layer in (
+        (f"preset {preset}", PRESETS[preset].settings),
+        (str(file), from_file),
+        ("flag", flags),
+    ):
+        for key, value in layer.items():
+            values[key] = _checked(key, value, origin)
+            origins[key] = origin
+    config = Config(**values)
+    for name in _POSITIVE + _NOT_NEGATIVE:
+        least = 1 if name in _POSITIVE else 0
+        if getattr(config, name) < least:
+            raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be at least {least}")
+    for name in ("dense_lr", "row_lr"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
+    if config.synthetic_bags and len(config.synthetic_bags) != len(config.synthetic_tables):
+        raise UserError(
+            f"synthetic_bags has {len(config.synthetic_bags)} numbers for {len(config.synthetic_tables)} tables"
+        )
+    return config, origins
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold lines of the form 'name: value'")
+    # A run's own config.yaml has {value, origin} for each setting and can be given back as it is.
+    return {
+        str(k): v["value"] if isinstance(v, dict) and set(v) == {"value", "origin"} else v for k, v in content.items()
+    }
+
+
+def _checked(key: str, value: Any, origin: str) -> Any:
+    hints = typing.get_type_hints(Config)
+    if key not in hints:
+        raise UserError(f"there is no setting {key!r} ({origin}); {choices(key, hints)}")
+    kind = hints[key]
+    if typing.get_origin(kind) is Literal:
+        good = value in typing.get_args(kind)
+    elif kind is float:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    elif kind == list[int]:
+        good = isinstance(value, list) and all(isinstance(v, int) and v > 0 for v in value)
+    elif kind == dict[str, str]:
+        good = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        raise UserError(f"{key} cannot be {value!r} ({origin}); it takes {type_name(kind)}")
+    return float(value) if kind is float else value

@@ -1,0 +1,45 @@
+"""torch's optimizers for the dense parameters, started so that their first step is like every other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlrm_xla.config import DenseOptimizerName
+from dlrm_xla.devices import Device
+
+_KINDS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+}
+
+
+def dense_optimizer(
+    name: DenseOptimizerName, parameters: Iterable[nn.Parameter], learning_rate: float, device: Device
+) -> torch.optim.Optimizer:
+    """SGD, Adagrad or Adam over parameters that already are on the device, with its state made beforehand.
+
+    torch makes Adam's state in the first step, which on xla is then another graph than the following ones. Here a
+    twin on the host takes one step of zero gradients, and its state, set back to step 0, is loaded.
+    """
+    real = [p for p in parameters if p.requires_grad]
+    twin = _KINDS[name]([nn.Parameter(torch.zeros(p.shape)) for p in real], lr=0.0, foreach=False)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    state: dict[str, Any] = twin.state_dict()
+    for values in state["state"].values():
+        if "step" in values:
+            values["step"].zero_()
+    optimizer = _KINDS[name](real, lr=learning_rate, foreach=False)
+    for group in state["param_groups"]:
+        group["lr"] = learning_rate
+        if "capturable" in group:
+            group["capturable"] = device.capturable
+    optimizer.load_state_dict(state)
+    return optimizer

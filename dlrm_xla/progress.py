@@ -1,0 +1,64 @@
+"""Progress of long work: a bar in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Steps done, samples per second and time left; figures such as the loss behind them."""
+
+    def __init__(self, num_steps: int, samples_per_step: int) -> None:
+        self.num_steps = num_steps
+        self.samples_per_step = samples_per_step
+        self.done = 0
+        self.figures = ""
+        self.began = self.last_line = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self.bar = (
+            tqdm(total=num_steps * samples_per_step, unit="sample", unit_scale=True, dynamic_ncols=True)
+            if terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.done:
+            self._line()
+
+    def advance(self) -> None:
+        """Counts one step."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update(self.samples_per_step)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def show(self, **figures: float) -> None:
+        """Figures to show behind the bar until the next call."""
+        self.figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.figures, refresh=False)
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        seconds = self.last_line - self.began
+        rate = self.done * self.samples_per_step / max(seconds, 1e-9)
+        left = tqdm.format_interval((self.num_steps - self.done) * seconds / self.done)
+        print(
+            f"step {self.done:,}/{self.num_steps:,}, {rate:,.0f} samples/s, {left} left, {self.figures}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,145 @@
+"""One folder per run: config.yaml, metrics.jsonl, TensorBoard events, report.json, a plot, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlrm_xla.config import Config
+from dlrm_xla.errors import UserError
+
+PACKAGES = (
+    "dlrm_xla",
+    "torch",
+    "torch_xla",
+    "tensorly",
+    "torchrec",
+    "numpy",
+    "pyarrow",
+    "safetensors",
+    "scikit-learn",
+)
+
+
+class RunFolder:
+    """Everything a run writes. The folder must be new or empty, so that no run overwrites another."""
+
+    def __init__(self, config: Config, origins: Mapping[str, str]) -> None:
+        self.path = Path(config.out) if config.out else _fresh(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise UserError(
+                    f"--out {self.path} already holds files. Choose a new folder; runs are never overwritten."
+                )
+            settings = {
+                name: {"value": value, "origin": origins[name]} for name, value in dataclasses.asdict(config).items()
+            }
+            (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            self._metrics = (self.path / "metrics.jsonl").open("w")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}. Choose another --out."
+            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(self.path))
+        self.rows: list[dict[str, Any]] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Adds a row to metrics.jsonl and its figures to TensorBoard, over samples."""
+        self.rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name not in ("step", "samples"):
+                kind, _, rest = name.partition("_")
+                self._events.add_scalar(f"{kind}/{rest}", value, row["samples"])
+
+    def checkpoint(self, name: str) -> Path:
+        """Where the checkpoint of that name lies."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """Writes report.json in one piece; figures that do not exist are null, never NaN."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+        unfinished = self.path / "report.json.unfinished"
+        unfinished.write_text(json.dumps(clean, indent=1) + "\n")
+        os.replace(unfinished, self.path / "report.json")
+
+    def plot(self, best_reachable_auc: float | None) -> None:
+        """Loss and AUC over samples, as curves.png."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for key, label, axis in (
+            ("train_loss", "training, since the last point", left),
+            ("validation_log_loss", "validation", left),
+            ("validation_auc", "validation", right),
+        ):
+            points = [(row["samples"], row[key]) for row in self.rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else "", label=label)
+        if best_reachable_auc is not None:
+            right.axhline(best_reachable_auc, linestyle="--", color="grey", label="best reachable (test rows)")
+        left.set(xlabel="training samples", ylabel="log loss (nats)")
+        right.set(xlabel="training samples", ylabel="AUC")
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.savefig(self.path / "curves.png", dpi=120)
+        pyplot.close(figure)
+
+    def close(self) -> None:
+        """Flushes what is open."""
+        self._metrics.close()
+        self._events.close()
+
+
+def _fresh(config: Config) -> Path:
+    plugin = "".join(c if c.isalnum() or c in "+_=." else "-" for c in config.plugin)[:60]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}-{plugin}-{config.device}-seed{config.seed}"
+    path, count = Path("runs") / stem, 1
+    while path.exists():
+        count += 1
+        path = Path("runs") / f"{stem}-{count}"
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that can change a result, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout the code runs from, marked where it has changes; None outside a checkout."""
+    root = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-changed" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

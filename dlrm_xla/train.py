@@ -1,0 +1,260 @@
+"""The training loop: steps, validation, early stopping, and a watch over the one-graph rule."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dlrm_xla.batches import PackedBatch, Source, unpack
+from dlrm_xla.config import Config
+from dlrm_xla.dense_optim import dense_optimizer
+from dlrm_xla.devices import Device
+from dlrm_xla.errors import UserError
+from dlrm_xla.metrics import click_metrics
+from dlrm_xla.model import DLRM
+from dlrm_xla.progress import Progress
+from dlrm_xla.row_optim import RowOptimizer
+from dlrm_xla.rows import use_row_gradients
+
+
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Share of the full learning rates at a step, counted from 0.
+
+    Linear warm-up ((step + 1) / warmup_steps), then 1, then ((end - step) / decay_steps)^decay_power from
+    decay_start to end = decay_start + decay_steps, then 0, as in facebookresearch/dlrm's LRPolicyScheduler.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.decay_steps and step >= config.decay_start:
+        left = max(0, config.decay_start + config.decay_steps - step)
+        return float((left / config.decay_steps) ** config.decay_power)
+    return 1.0
+
+
+class Steps:
+    """The train and the evaluation step of one model on one device, each one graph where the device has graphs."""
+
+    def __init__(self, model: DLRM, bag_lengths: Sequence[int], device: Device, config: Config) -> None:
+        self.device = device
+        self.config = config
+        self.bag_lengths = list(bag_lengths)
+        self.model = model.to(device.torch_device)
+        self.rows = RowOptimizer(use_row_gradients(self.model), config.row_optimizer, config.row_lr)
+        self.dense = dense_optimizer(config.dense_optimizer, self.model.parameters(), config.dense_lr, device)
+        self.loss_and_count = self._zeros()
+        self._train = device.compile(self._train_step, "train")
+        self._evaluate = device.compile(self._evaluation_step, "evaluation")
+
+    def train(self, packed: PackedBatch, step: int) -> None:
+        """One optimizer step; queued, not awaited."""
+        factor = learning_rate_factor(self.config, step)
+        for group in self.dense.param_groups:
+            group["lr"] = self.config.dense_lr * factor
+        self.rows.learning_rate = self.config.row_lr * factor
+        self._train(packed.to(self.device.torch_device))
+
+    def evaluate(self, packed: PackedBatch) -> Tensor:
+        """Logits of one batch, float32, still on the device."""
+        logits_B: Tensor = self._evaluate(packed.to(self.device.torch_device))
+        return logits_B
+
+    def mean_loss(self) -> float:
+        """Mean loss of the samples since the last call; waits for the device."""
+        loss, count = self.loss_and_count.cpu().tolist()
+        self.loss_and_count = self._zeros()
+        return float(loss / count) if count else math.nan
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(2).to(self.device.torch_device)
+
+    def _logits(self, packed: PackedBatch) -> Tensor:
+        batch = unpack(packed, self.bag_lengths)
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.device.torch_device.type, torch.bfloat16, enabled=bf16):
+            logits_B: Tensor = self.model(batch.dense_BI, batch.ids, batch.weights)
+        return logits_B.float()
+
+    def _train_step(self, packed: PackedBatch) -> None:
+        self.model.train()
+        self.dense.zero_grad(set_to_none=True)
+        logits_B = self._logits(packed)
+        real_B = (packed.labels_B >= 0).float()
+        losses_B = binary_cross_entropy_with_logits(logits_B, packed.labels_B.clamp(min=0), reduction="none") * real_B
+        total, count = losses_B.sum(), real_B.sum()
+        (total / count).backward()
+        self.dense.step()
+        self.rows.step()
+        with torch.no_grad():
+            self.loss_and_count += torch.stack([total.detach(), count])
+
+    def _evaluation_step(self, packed: PackedBatch) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            return self._logits(packed)
+
+
+@dataclass
+class GraphWatch:
+    """Counts compiles and CPU fallbacks, and says at which step which rule was broken.
+
+    A run compiles one train graph, at its first step, and one evaluation graph. Whatever comes later, and every
+    operation that xla hands to the CPU, is a broken rule.
+    """
+
+    device: Device
+    compiles: dict[str, int] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    _seen_compiles: int = 0
+    _seen_fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        start = self.device.counters()
+        self._seen_compiles, self._seen_fallbacks = start.compiles, start.fallbacks
+
+    def after(self, phase: str, step: int) -> None:
+        """Looks at the counters after a step of a phase."""
+        now = self.device.counters()
+        new = now.compiles - self._seen_compiles
+        if new:
+            had = self.compiles.get(phase, 0)
+            self.compiles[phase] = had + new
+            if had + new > 1:
+                self.broken.append(f"{phase} step {step}: compiled {had + new} graphs where one is enough")
+        for name, count in now.fallbacks.items():
+            if count > self._seen_fallbacks.get(name, 0):
+                line = f"{name} runs on the CPU instead of the device"
+                if not any(line in b for b in self.broken):
+                    self.broken.append(f"{phase} step {step}: {line}")
+        self._seen_compiles = now.compiles
+        self.fallbacks = {n: c for n, c in now.fallbacks.items()}
+        self._seen_fallbacks = now.fallbacks
+
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a training run came to."""
+
+    steps: int = 0
+    samples: int = 0
+    epochs: float = 0.0
+    seconds: float = 0.0
+    step_ms_median: float = math.nan
+    best_step: int = 0
+    best_auc: float = -math.inf
+    stopped_early: bool = False
+    interrupted: bool = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a question to ask after each step; a second one ends at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def predict(steps: Steps, source: Source, split: str, watch: GraphWatch) -> NDArray[np.float32]:
+    """Logits of every row of a split, in order."""
+    logits = []
+    for number, packed in enumerate(source.batches(split), 1):
+        logits.append(steps.evaluate(packed))
+        watch.after("evaluation", number)
+    # One transfer per batch: a concatenation on the device would be one more graph.
+    return np.concatenate([b.cpu().numpy() for b in logits])[: len(source.labels(split))]
+
+
+def train(
+    steps: Steps,
+    source: Source,
+    watch: GraphWatch,
+    log: Callable[[dict[str, Any]], None],
+    save: Callable[[str, dict[str, Any]], None],
+) -> Outcome:
+    """Trains for the configured epochs or until validation AUC stops rising; saves "best" and "last".
+
+    ``log`` takes one row per logging step and per validation. Interrupted, it finishes the step at hand.
+    """
+    config, outcome = steps.config, Outcome()
+    per_epoch = source.num_batches("train")
+    validations = {max(1, round(per_epoch * k / config.evals_per_epoch)) for k in range(1, config.evals_per_epoch + 1)}
+    validation_labels = source.labels("validation").numpy()
+    train_rows = len(source.labels("train"))
+    step_ms: list[float] = []
+    without_gain = 0
+    began = time.perf_counter()
+    window_start, window_steps, warm = began, 0, False
+
+    with stop_signals() as asked_to_stop, Progress(per_epoch * config.epochs, config.batch_size) as progress:
+        for epoch in range(config.epochs):
+            for number, packed in enumerate(source.batches("train", epoch), 1):
+                steps.train(packed, outcome.steps)
+                outcome.steps += 1
+                outcome.samples += min(config.batch_size, train_rows - (number - 1) * config.batch_size)
+                outcome.epochs = epoch + number / per_epoch
+                window_steps += 1
+                watch.after("train", outcome.steps)
+                progress.advance()
+                stop = asked_to_stop()
+                validate = number in validations or stop
+                if outcome.steps == 1 or outcome.steps % config.log_every == 0 or validate:
+                    loss = steps.mean_loss()
+                    now = time.perf_counter()
+                    if warm:  # the first window holds the compilation
+                        step_ms.append((now - window_start) / window_steps * 1000)
+                    _check_finite(loss, outcome.steps)
+                    log({"step": outcome.steps, "samples": outcome.samples, "train_loss": loss})
+                    progress.show(loss=loss)
+                    outcome.seconds += now - window_start if warm else 0.0
+                    window_start, window_steps, warm = time.perf_counter(), 0, True
+                if validate:
+                    result = click_metrics(validation_labels, predict(steps, source, "validation", watch))
+                    row = {f"validation_{k}": v for k, v in result.items()}
+                    log({"step": outcome.steps, "samples": outcome.samples, **row})
+                    progress.show(loss=loss, validation_auc=result["auc"])
+                    about = {"step": outcome.steps, "epoch": outcome.epochs, **row}
+                    without_gain += 1
+                    if result["auc"] > outcome.best_auc:
+                        outcome.best_auc, outcome.best_step, without_gain = result["auc"], outcome.steps, 0
+                        save("best", about)
+                    save("last", about)
+                    window_start = time.perf_counter()
+                outcome.stopped_early = bool(config.patience) and without_gain >= config.patience
+                outcome.interrupted = stop
+                if outcome.stopped_early or stop:
+                    break
+            if outcome.stopped_early or outcome.interrupted:
+                break
+    outcome.step_ms_median = statistics.median(step_ms) if step_ms else math.nan
+    return outcome
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}. Lower --dense-lr or --row-lr, or check the data; "
+            "the checkpoints before this step are kept."
+        )

@@ -1,0 +1,252 @@
+"""Trains a DLRM and writes a run folder.
+
+python launch/run.py                                       synthetic rows, exact tables, CPU: seconds on a laptop
+python launch/run.py --device xla --plugin tensorly_tt --data criteo.tsv.gz
+python launch/run.py --list-plugins
+python launch/run.py --plan --preset terabyte --plugin tensorly_tt:rank=16
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dlrm_xla_data.criteo import open_log
+from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.prepared import PreparedDataset, open_prepared
+from dlrm_xla_data.synthetic import synthesize
+
+from dlrm_xla import checkpoint, registry
+from dlrm_xla import plan as planning
+from dlrm_xla.config import Config, resolve
+from dlrm_xla.contract import Table
+from dlrm_xla.devices import Device, open_device
+from dlrm_xla.errors import UserError
+from dlrm_xla.metrics import base_rate_metrics, click_metrics
+from dlrm_xla.model import DLRM
+from dlrm_xla.presets import PRESETS
+from dlrm_xla.run_folder import RunFolder, commit, versions
+from dlrm_xla.train import GraphWatch, Outcome, Steps, predict, train
+
+INTERRUPTED = 130
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            first = getattr(namespace, self.dest)
+            parser.error(f"--plugin is given twice; to compose plugins write --plugin {first}+{value}")
+        setattr(namespace, self.dest, value)
+
+
+def flags() -> argparse.ArgumentParser:
+    """One flag per setting that has one, plus --config, --plan and --list-plugins."""
+    presets = "\n".join(f"  {name:<10} {preset.about}" for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets:\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        if not field.metadata["flag"]:
+            continue
+        kind = hints[field.name]
+        literal = typing.get_origin(kind) is typing.Literal
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            type=str if literal else kind,
+            choices=typing.get_args(kind) if literal else None,
+            action=_Once if field.name == "plugin" else "store",
+            metavar=None if literal else kind.__name__.upper(),
+            help=field.metadata["help"].replace("%", "%%")
+            + (f" (default {field.default})" if field.default not in ("", dataclasses.MISSING) else ""),
+        )
+    parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
+    parser.add_argument("--plan", action="store_true", default=False, help="print what each table keeps, and stop")
+    parser.add_argument(
+        "--list-plugins", action="store_true", default=False, help="print the installed plugins, and stop"
+    )
+    return parser
+
+
+def open_data(config: Config) -> tuple[PreparedDataset, float | None]:
+    """The dataset, and the best AUC that any model could reach on it where that is known."""
+    if config.data:
+        path = Path(config.data)
+        cache = Path(config.data_cache) if config.data_cache else None
+        return (open_prepared(path) if path.is_dir() else open_log(path, cache)), None
+    dataset, best = synthesize(config.synthetic_rows, config.synthetic_tables, config.synthetic_bags, config.seed)
+    print(
+        f"SYNTHETIC DATA, for there is no --data: {config.synthetic_rows:,} rows of Criteo's shape with a planted signal; "
+        f"best AUC that any model could reach on its test rows: {best:.4f}"
+    )
+    return dataset, best
+
+
+def make_tables(config: Config, dataset: PreparedDataset | None) -> list[Table]:
+    """The tables of a dataset, or without one those of the preset's nominal sizes."""
+    if dataset is None:
+        return [Table(f"C{k}", rows, config.dim) for k, rows in enumerate(config.synthetic_tables, 1)]
+    rows = [dataset.num_rows(f, config.min_count) for f in range(len(dataset.names))]
+    return [Table(name, r, config.dim) for name, r in zip(dataset.names, rows, strict=True)]
+
+
+def list_plugins() -> None:
+    """Prints the installed plugins."""
+    for row in registry.describe():
+        print(f"{row['name']}  ({row['package']})\n    {row['summary']}")
+        if row["options"]:
+            print(f"    options: {row['options']}")
+
+
+def run(config: Config, origins: dict[str, str]) -> int:
+    """Trains, evaluates, writes the run folder, prints the results; returns the exit code."""
+    device = open_device(config.device)
+    print(f"device: {device.description}")
+    if device.loud:
+        print(f"*** {device.loud}")
+    dataset, best_auc = open_data(config)
+    loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
+    tables = make_tables(config, dataset)
+    plans, make_bags = planning.plan(tables, config.plugin, config.tables, config.min_rows)
+    print(planning.text(plans))
+    planning.check_memory(plans, config.row_optimizer)
+    model = DLRM(
+        dataset.dense.shape[1],
+        tables,
+        make_bags,
+        bottom=config.bottom,
+        top=config.top,
+        interaction=config.interaction,
+        cross_layers=config.cross_layers,
+        cross_rank=config.cross_rank,
+        seed=config.seed,
+    )
+    folder = RunFolder(config, origins)
+    print(f"run folder: {folder.path}")
+    try:
+        steps = Steps(model, dataset.bag_lengths, device, config)
+        watch = GraphWatch(device)
+
+        def save(name: str, about: dict[str, Any]) -> None:
+            path = folder.checkpoint(name)
+            path.parent.mkdir(exist_ok=True)
+            checkpoint.save(path, steps.model, steps.dense, steps.rows, about)
+
+        outcome = train(steps, loader, watch, folder.log, save)
+        checkpoint.load_model(folder.checkpoint("best"), steps.model)
+        labels = loader.labels("test").numpy()
+        result = click_metrics(labels, predict(steps, loader, "test", watch))
+        base = base_rate_metrics(labels, dataset.click_rate("train"))
+        exact_all_ids = sum(dataset.num_rows(f, 0) for f in range(len(tables))) * config.dim * 4
+        report = make_report(config, plans, exact_all_ids, steps, watch, outcome, result, base, best_auc)
+        folder.plot(best_auc)
+        folder.report(report)
+    finally:
+        folder.close()
+    print_results(report, base, best_auc, device, folder.path)
+    for line in watch.broken:
+        print(f"*** one-graph rule broken: {line}")
+    return INTERRUPTED if outcome.interrupted else 0
+
+
+def make_report(
+    config: Config,
+    plans: Sequence[planning.TablePlan],
+    exact_all_ids: int,
+    steps: Steps,
+    watch: GraphWatch,
+    outcome: Outcome,
+    result: dict[str, float],
+    base: dict[str, float],
+    best_auc: float | None,
+) -> dict[str, Any]:
+    """The row that a study compares. Ratios are bytes to serve against exact tables over all ids seen in training."""
+    embedding_bytes = planning.bytes_kept(steps.model.bags)
+    return {
+        "device": config.device,
+        "plugin": config.plugin,
+        "preset": config.preset,
+        "seed": config.seed,
+        "epochs": outcome.epochs,
+        "batch_size": config.batch_size,
+        "interrupted": outcome.interrupted,
+        "stopped_early": outcome.stopped_early,
+        **result,
+        **{f"base_rate_{name}": value for name, value in base.items()},
+        "best_reachable_auc": best_auc,
+        "validation_auc": outcome.best_auc,
+        "best_step": outcome.best_step,
+        "steps": outcome.steps,
+        "samples": outcome.samples,
+        "embedding_bytes": embedding_bytes,
+        "exact_embedding_bytes": exact_all_ids,
+        "compression_ratio": exact_all_ids / embedding_bytes,
+        "num_parameters": sum(p.numel() for p in steps.model.parameters()),
+        "train_samples_per_second": config.batch_size / outcome.step_ms_median * 1000,
+        "step_ms_median": outcome.step_ms_median,
+        "compiles": sum(watch.compiles.values()),
+        "compiles_by_phase": watch.compiles,
+        "fallbacks": sum(watch.fallbacks.values()),
+        "fallback_operations": watch.fallbacks,
+        "one_graph_rule_broken": watch.broken,
+        "versions": versions(),
+        "commit": commit(),
+        "tables": [p.as_dict() for p in plans],
+    }
+
+
+def print_results(
+    report: dict[str, Any], base: dict[str, float], best_auc: float | None, device: Device, path: Path
+) -> None:
+    """The table of results that a run ends with."""
+    title = f"{report['plugin']} on {device.description}, {report['epochs']:.2f} epochs"
+    if report["interrupted"]:
+        title += ", INTERRUPTED"
+    print(f"\n{title}\n{'test rows':<20}{'model':>12}{'base rate':>12}" + (f"{'best':>12}" if best_auc else ""))
+    for name, value in base.items():
+        best = f"{best_auc:>12.4f}" if best_auc and name == "auc" else ""
+        print(f"{name.replace('_', ' '):<20}{report[name]:>12.4f}{value:>12.4f}{best}")
+    print(
+        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables over "
+        f"all ids\nspeed               {report['train_samples_per_second']:,.0f} samples/s, median step "
+        f"{report['step_ms_median']:.1f} ms\ngraphs              {report['compiles']} compiled, "
+        f"{report['fallbacks']} operations on the CPU instead\nrun folder          {path}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the flags and returns the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
+    given = vars(flags().parse_args(arguments))
+    file, plan_only, listing = given.pop("config"), given.pop("plan"), given.pop("list_plugins")
+    try:
+        if listing:
+            list_plugins()
+            return 0
+        config, origins = resolve(given, file)
+        registry.parse(config.plugin)
+        if plan_only:
+            dataset = open_data(config)[0] if config.data else None
+            tables = make_tables(config, dataset)
+            print(planning.text(planning.plan(tables, config.plugin, config.tables, config.min_rows)[0]))
+            return 0
+        return run(config, origins)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
