@@ -27,17 +27,19 @@ class PackedBatch(NamedTuple):
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
-        return PackedBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        dense_BI, ids_BS, labels_B = (t.to(device, non_blocking=True) for t in self[:3])
+        weights_BS = None if self.weights_BS is None else self.weights_BS.to(device, non_blocking=True)
+        return PackedBatch(dense_BI, ids_BS, labels_B, weights_BS)
 
 
 def unpack(packed: PackedBatch, bag_lengths: Sequence[int]) -> Batch:
     """Splits ids and weights by feature; every slot of a padded sample gets weight 0."""
     real_B1 = (packed.labels_B >= 0).to(packed.dense_BI.dtype).unsqueeze(1)
-    ids = list(packed.ids_BS.split(list(bag_lengths), dim=1))
+    ids = list(torch.split(packed.ids_BS, list(bag_lengths), dim=1))
     if packed.weights_BS is None:
         weights = [real_B1.expand(-1, length) for length in bag_lengths]
     else:
-        weights = list((packed.weights_BS * real_B1).split(list(bag_lengths), dim=1))
+        weights = list(torch.split(packed.weights_BS * real_B1, list(bag_lengths), dim=1))
     return Batch(packed.dense_BI, ids, weights, packed.labels_B)
 
 

@@ -6,6 +6,7 @@ low-rank cross interaction is DCN-V2, Wang et al. 2021, section 4.2.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -25,7 +26,7 @@ def mlp(widths: Sequence[int], *, relu_last: bool) -> nn.Sequential:
     (facebookresearch/dlrm, ``create_mlp``).
     """
     layers: list[nn.Module] = []
-    for position, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for position, (n, m) in enumerate(itertools.pairwise(widths)):
         linear = nn.Linear(n, m)
         nn.init.normal_(linear.weight, std=math.sqrt(2 / (m + n)))
         nn.init.normal_(linear.bias, std=math.sqrt(1 / m))

@@ -26,7 +26,8 @@ def combine_duplicates(ids_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]
     is_first_N = torch.ones_like(sorted_N)
     is_first_N[1:] = (sorted_N[1:] != sorted_N[:-1]).to(sorted_N.dtype)
     segment_N = torch.cumsum(is_first_N, 0, dtype=torch.int32) - 1
-    sums_UD = torch.zeros_like(grads_ND).index_add_(0, segment_N, grads_ND.index_select(0, order_N))
+    # torch_xla 2.9 aborts the process where index_select takes a result of sort as it is; .int() makes it another.
+    sums_UD = torch.zeros_like(grads_ND).index_add_(0, segment_N, grads_ND.index_select(0, order_N.int()))
     ids_U = sorted_N[-1:].expand(len(sorted_N)).contiguous()
     # Ids of one segment are equal, so whichever of them is written last, the result is the same.
     ids_U = ids_U.scatter(0, segment_N.long(), sorted_N)

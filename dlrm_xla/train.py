@@ -93,7 +93,7 @@ class Steps:
         real_B = (packed.labels_B >= 0).float()
         losses_B = binary_cross_entropy_with_logits(logits_B, packed.labels_B.clamp(min=0), reduction="none") * real_B
         total, count = losses_B.sum(), real_B.sum()
-        (total / count).backward()
+        torch.autograd.backward(total / count)
         self.dense.step()
         self.rows.step()
         with torch.no_grad():

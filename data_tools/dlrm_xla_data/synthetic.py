@@ -70,7 +70,8 @@ def _zipf(rng: np.random.Generator, largest: int, size: int) -> NDArray[np.int64
     power = 1 - ZIPF_EXPONENT
     uniform = rng.random(size)
     ranks = ((float(largest + 1) ** power - 1) * uniform + 1) ** (1 / power)
-    return np.minimum(ranks.astype(np.int64), largest)
+    clipped: NDArray[np.int64] = np.minimum(ranks.astype(np.int64), largest)
+    return clipped
 
 
 def _by_frequency(ids: NDArray[np.int64], rows: int, num_train: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -105,7 +105,7 @@ class QuotientRemainderBag(nn.Module):
         # A bag of one slot gives the row itself, which is what must be multiplied.
         weights_N1 = weights_BL.reshape(-1, 1)
         ones_N1 = torch.ones_like(weights_N1)
-        rows_ND = self.quotient(quotients_BL.reshape(-1, 1), weights_N1) * self.remainder(
+        rows_ND: Tensor = self.quotient(quotients_BL.reshape(-1, 1), weights_N1) * self.remainder(
             remainders_BL.reshape(-1, 1), ones_N1
         )
         return rows_ND if ids_BL.shape[1] == 1 else rows_ND.view(*ids_BL.shape, -1).sum(1)
