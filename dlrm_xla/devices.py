@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlrm_xla.errors import UserError, choices
 
@@ -31,7 +32,7 @@ class Counters:
 class Device:
     """What a training loop needs of a device.
 
-    ``compile(step, name)`` makes a step run as the device runs it best, ``synchronize()`` waits for queued work,
+    ``place(module)`` moves a module there, ``compile(step, name)`` makes a step run as the device runs it best, ``synchronize()`` waits for queued work,
     ``counters()`` reads the counts above, ``loud`` is a line that the user must not miss. ``capturable``: an
     optimizer must keep its step counts on the device.
     """
@@ -39,6 +40,7 @@ class Device:
     name: str
     torch_device: torch.device
     description: str
+    place: Callable[[nn.Module], nn.Module]
     compile: Callable[[Step, str], Step]
     synchronize: Callable[[], None]
     counters: Callable[[], Counters]
@@ -72,7 +74,7 @@ def _as_it_is(step: Step, name: str) -> Step:
 
 def _cpu() -> Device:
     description = f"CPU, {torch.get_num_threads()} threads"
-    return Device("cpu", torch.device("cpu"), description, _as_it_is, lambda: None, Counters)
+    return Device("cpu", torch.device("cpu"), description, lambda m: m, _as_it_is, lambda: None, Counters)
 
 
 def _cuda() -> Device:
@@ -82,7 +84,8 @@ def _cuda() -> Device:
         )
         raise UserError(f"--device cuda: {built}. Check nvidia-smi and the torch build, or use --device cpu or xla.")
     description = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return Device("cuda", torch.device("cuda"), description, _as_it_is, torch.cuda.synchronize, Counters)
+    device = torch.device("cuda")
+    return Device("cuda", device, description, lambda m: m.to(device), _as_it_is, torch.cuda.synchronize, Counters)
 
 
 def _xla() -> Device:
@@ -103,6 +106,14 @@ def _xla() -> Device:
     loud = ""
     if kind == "CPU":
         loud = "XLA FOUND NO TPU: this run uses XLA's CPU backend. Results hold; times say nothing about a TPU."
+
+    def place(module: nn.Module) -> nn.Module:
+        host = module.state_dict()
+        moved = module.to(device)
+        # A view of a parameter is traced differently once the parameter was written in place, which every step does.
+        # Written once before the first step, the first graph is that of all steps.
+        moved.load_state_dict(host)
+        return moved
 
     def compile(step: Step, name: str) -> Step:
         compiled = torch_xla.compile(step, full_graph=True, name=name, max_different_graphs=1)
@@ -126,7 +137,7 @@ def _xla() -> Device:
         names = [n for n in metrics.counter_names() if n.startswith("aten::")]
         return Counters(data[0] if data else 0, {n: int(metrics.counter_value(n)) for n in names})
 
-    return Device("xla", device, f"XLA on {kind}", compile, synchronize, counters, loud, capturable=True)
+    return Device("xla", device, f"XLA on {kind}", place, compile, synchronize, counters, loud, capturable=True)
 
 
 def _first_line(error: Exception) -> str:

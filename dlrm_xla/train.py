@@ -50,7 +50,7 @@ class Steps:
         self.device = device
         self.config = config
         self.bag_lengths = list(bag_lengths)
-        self.model = model.to(device.torch_device)
+        self.model = device.place(model)
         self.rows = RowOptimizer(use_row_gradients(self.model), config.row_optimizer, config.row_lr)
         self.dense = dense_optimizer(config.dense_optimizer, self.model.parameters(), config.dense_lr, device)
         self.loss_and_count = self._zeros()
