@@ -35,7 +35,9 @@ def dense_optimizer(
     state: dict[str, Any] = twin.state_dict()
     for values in state["state"].values():
         if "step" in values:
-            values["step"].zero_()
+            # torch_xla keeps one copy of equal numbers without a dimension: all step counts would be one input of the
+            # first graph and several of the next. A dimension of 1 keeps them apart.
+            values["step"] = torch.zeros([1] if device.capturable else [])
     optimizer = _KINDS[name](real, lr=learning_rate, foreach=False)
     for group in state["param_groups"]:
         group["lr"] = learning_rate
