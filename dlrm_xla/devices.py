@@ -55,16 +55,19 @@ def open_device(name: str) -> Device:
     return _OPENERS[name]()
 
 
-def import_xla_first() -> bool:
-    """Imports torch_xla where it is installed; imported after the process's first backward, it dies in one.
+def open_xla_first() -> bool:
+    """Opens the xla device where torch_xla is installed; opened after the process's first backward, it fails.
 
     For test processes that use several devices. Returns whether it is installed.
     """
     if importlib.util.find_spec("torch_xla") is None:
         return False
+    # By default 0 and 1 become constants of the graph, so a learning rate passing through 1.0 would compile again.
+    os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies' deprecations
-        importlib.import_module("torch_xla")
+        torch_xla = importlib.import_module("torch_xla")
+    torch_xla.device()
     return True
 
 
@@ -89,14 +92,11 @@ def _cuda() -> Device:
 
 
 def _xla() -> Device:
-    if importlib.util.find_spec("torch_xla") is None:
+    if not open_xla_first():
         raise UserError(
             "--device xla needs torch_xla, which is not installed: pip install -e '.[xla]' "
             "(torch_xla 2.9.0 goes with torch 2.9.0), or use --device cpu."
         )
-    # By default 0 and 1 become constants of the graph, so a learning rate passing through 1.0 would compile again.
-    os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
-    import_xla_first()
     import torch_xla
     import torch_xla.debug.metrics as metrics
     import torch_xla.runtime

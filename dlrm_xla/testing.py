@@ -1,0 +1,186 @@
+"""The contract as tests. A plugin's package subclasses `BagContract` in three lines:
+
+class TestMine(BagContract):
+    plugin = "mine"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla import registry
+from dlrm_xla.contract import Table
+from dlrm_xla.devices import open_xla_first, open_device
+from dlrm_xla.errors import UserError
+from dlrm_xla.plan import bytes_kept
+from dlrm_xla.rows import RowTable
+
+# Tests of one process share it, and torch_xla must come before the first backward.
+HAS_XLA = open_xla_first()
+
+
+class BagContract:
+    """What every bag must do, whatever mathematics is inside.
+
+    ``plugin`` is a spec as on the command line. ``table`` should be large enough that the plugin makes it smaller.
+    ``distinct_share``: of consecutive ids, how many have vectors of their own at the least.
+    """
+
+    plugin: ClassVar[str] = registry.EXACT
+    table: ClassVar[Table] = Table("contract", 4999, 16)
+    distinct_share: ClassVar[float] = 0.9
+    tolerance: ClassVar[float] = 1e-5
+
+    def make(self, table: Table | None = None) -> nn.Module:
+        """A fresh bag, the same each time."""
+        torch.manual_seed(7)
+        return registry.compose(registry.parse(self.plugin), RowTable)(table or self.table)
+
+    def inputs(self, batch: int = 32, length: int = 3) -> tuple[Tensor, Tensor]:
+        """Ids with many duplicates and both ends of the table, weights with padded slots."""
+        rng = np.random.default_rng(5)
+        ids = rng.integers(0, self.table.num_rows, (batch, length)).astype(np.int32)
+        ids[:4] = ids[4]
+        ids[5, 0], ids[6, 0] = 0, self.table.num_rows - 1
+        weights = rng.uniform(0.5, 2, (batch, length)).astype(np.float32)
+        weights[::3, -1] = 0
+        return torch.from_numpy(ids), torch.from_numpy(weights)
+
+    def dense_twin(self, bag: nn.Module) -> Tensor:
+        """The table that the bag stands for, [rows, dim]: each id looked up by itself."""
+        with torch.no_grad():
+            ids = torch.arange(self.table.num_rows, dtype=torch.int32).unsqueeze(1)
+            twin: Tensor = bag(ids, torch.ones(ids.shape))
+            return twin
+
+    def test_shape_and_type(self) -> None:
+        for length in (1, 3):
+            out = self.make()(*self.inputs(length=length))
+            assert out.shape == (32, self.table.dim), f"bags of {length} give {tuple(out.shape)}"
+            assert out.dtype == torch.float32
+
+    def test_equals_its_dense_twin(self) -> None:
+        bag = self.make()
+        ids, weights = self.inputs()
+        expected = (self.dense_twin(bag)[ids.long()] * weights.unsqueeze(-1)).sum(1)
+        torch.testing.assert_close(bag(ids, weights), expected, atol=self.tolerance, rtol=1e-4)
+
+    def test_is_linear_in_weights(self) -> None:
+        bag = self.make()
+        ids, weights = self.inputs()
+        other = torch.rand_like(weights)
+        torch.testing.assert_close(
+            bag(ids, 2 * weights + 3 * other),
+            2 * bag(ids, weights) + 3 * bag(ids, other),
+            atol=self.tolerance,
+            rtol=1e-4,
+        )
+
+    def test_ignores_padding(self) -> None:
+        bag = self.make()
+        ids, weights = self.inputs()
+        moved = torch.where(weights == 0, (ids + 1) % self.table.num_rows, ids)
+        assert not torch.equal(moved, ids)
+        torch.testing.assert_close(bag(moved, weights), bag(ids, weights), atol=0, rtol=0)
+
+    def test_large_ids_stay_distinct(self) -> None:
+        """Float arithmetic on ids merges neighbours beyond 2^24."""
+        bag = self.make(Table("large", 2**24 + 4096, 2 * self.table.dim if self.table.dim < 4 else 4))
+        ids = torch.arange(2**24 + 1, 2**24 + 257, dtype=torch.int32).unsqueeze(1)
+        with torch.no_grad():
+            rows = bag(ids, torch.ones(ids.shape)).numpy()
+        distinct = len(np.unique(rows, axis=0))
+        assert distinct >= self.distinct_share * len(ids), f"{len(ids)} ids beyond 2^24 share {distinct} vectors"
+
+    def test_every_parameter_gets_a_gradient(self) -> None:
+        bag = self.make()
+        out = bag(*self.inputs(batch=256))
+        torch.autograd.backward((out * torch.randn_like(out)).sum())
+        for name, parameter in bag.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"{name} gets no gradient"
+                assert parameter.grad.abs().sum() > 0, f"the gradient of {name} is zero"
+
+    def test_starts_with_the_variance_of_exact_rows(self) -> None:
+        std = self.dense_twin(self.make()).std().item()
+        assert 0.8 < std / self.table.start_std < 1.25, (
+            f"rows start with {std:.2e}, exact ones {self.table.start_std:.2e}"
+        )
+
+    def test_state_dict_round_trip(self) -> None:
+        bag = self.make()
+        torch.manual_seed(8)
+        other = registry.compose(registry.parse(self.plugin), RowTable)(self.table)
+        ids, weights = self.inputs()
+        assert not torch.equal(other(ids, weights), bag(ids, weights))
+        other.load_state_dict(bag.state_dict())
+        assert torch.equal(other(ids, weights), bag(ids, weights))
+
+    def test_moves_to_a_device_whole(self) -> None:
+        bag = self.make().to("meta")
+        ids, weights = self.inputs()
+        assert bag(ids.to("meta"), weights.to("meta")).device.type == "meta"
+        kept = [*bag.parameters(), *bag.buffers()]
+        assert all(t.device.type == "meta" for t in kept)
+
+    def test_shapes_do_not_depend_on_the_data(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            bag = self.make()
+            ids, weights = (mode.from_tensor(t) for t in self.inputs())
+            assert bag(ids, weights).shape == (len(ids), self.table.dim)
+
+    def test_is_smaller_than_exact_or_refuses(self) -> None:
+        if not registry.parse(self.plugin):
+            assert bytes_kept(self.make()) == self.table.num_rows * self.table.dim * 4
+            return
+        exact = self.table.num_rows * self.table.dim * 4
+        try:
+            kept = bytes_kept(self.make())
+        except ValueError:
+            return
+        assert kept < exact, f"{self.plugin} keeps {kept:,} bytes, exact rows {exact:,}"
+
+    def test_bad_options_name_the_good_ones(self) -> None:
+        for layer in registry.parse(self.plugin):
+            good: Mapping[str, Any] = registry.options_of(registry.load(layer.name))
+            with pytest.raises(UserError, match="no_such_option") as error:
+                registry.parse(f"{layer.name}:no_such_option=1")
+            assert all(name in str(error.value) for name in good)
+
+    @pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed")
+    def test_is_one_graph_on_xla_without_fallbacks(self) -> None:
+        device = open_device("xla")
+        bag = self.make()
+        ids, weights = self.inputs()
+        expected = bag(ids, weights)
+        torch.autograd.backward(expected.square().sum())
+        gradients = {n: p.grad for n, p in bag.named_parameters() if p.grad is not None}
+        moved = device.place(self.make())
+
+        def step(ids: Tensor, weights: Tensor) -> Tensor:
+            out: Tensor = moved(ids, weights)
+            torch.autograd.backward(out.square().sum())
+            return out.detach()
+
+        before = device.counters()
+        compiled = device.compile(step, f"contract {self.plugin}")
+        for repeat in range(3):
+            moved.zero_grad(set_to_none=True)
+            # Other ids of the same shape must not compile again.
+            out = compiled(ids.roll(repeat, 0).to(device.torch_device), weights.roll(repeat, 0).to(device.torch_device))
+            torch.testing.assert_close(out.cpu().roll(-repeat, 0), expected.detach(), atol=self.tolerance, rtol=1e-4)
+        after = device.counters()
+        assert after.compiles - before.compiles <= 1, f"compiled {after.compiles - before.compiles} graphs"
+        assert after.fallbacks == before.fallbacks, f"ran on the CPU: {after.fallbacks}"
+        for name, parameter in moved.named_parameters():
+            if name in gradients:
+                assert parameter.grad is not None
+                torch.testing.assert_close(parameter.grad.cpu(), gradients[name], atol=1e-4, rtol=1e-3)

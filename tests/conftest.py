@@ -1,0 +1,47 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlrm_xla.devices import open_xla_first
+
+HAS_XLA = open_xla_first()
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
+
+needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
+
+
+def shared_file(name: str) -> Path:
+    path = SHARED / "data" / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here: set DLRM_XLA_SHARED to the folder whose data/ holds it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def criteo_sample() -> Path:
+    return shared_file("criteo_kaggle_sample137k.tsv.gz")
+
+
+@pytest.fixture(scope="session")
+def reference_steps() -> dict[str, np.ndarray]:
+    with np.load(shared_file("reference_dlrm_dot_20_steps.npz")) as file:
+        return dict(file)
+
+
+def criteo_line(rng: np.random.Generator, label: int | None = None) -> str:
+    """A made-up line of a Criteo log; a tenth of the fields is missing."""
+    fields = [str(rng.integers(0, 2) if label is None else label)]
+    fields += ["" if rng.random() < 0.1 else str(rng.integers(-2, 500)) for _ in range(13)]
+    fields += ["" if rng.random() < 0.1 else f"{rng.zipf(1.5) % 1000 * 2654435761 % 2**32:08x}" for _ in range(26)]
+    return "\t".join(fields)
+
+
+@pytest.fixture
+def small_log(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    path = tmp_path / "small.tsv"
+    path.write_text("".join(criteo_line(rng) + "\n" for _ in range(700)))
+    return path
