@@ -19,7 +19,7 @@ _GOLDEN = 2654435769 - 2**32
 def hash_rows(
     table: Table, inner: MakeBag, *, rows: int = 2000, method: Literal["mod", "multiply_shift"] = "mod"
 ) -> nn.Module:
-    """Hashed ids: tables above `rows` rows share that many; options: the rows kept and the hash.
+    """Hashing trick: ids of a table above ``rows`` rows share that many by a hash.
 
         e_i = W[h(i)],  h(0) = 0,  h(i) = 1 + hash(i - 1) mod (rows - 1)
 
@@ -39,9 +39,10 @@ def hash_rows(
         return MappedIds(inner(shorter), lambda ids: torch.where(ids == 0, ids, 1 + (ids - 1) % buckets))
 
     def mixed(ids: Tensor) -> Tensor:
-        product = (ids - 1) * _GOLDEN
-        # The high bits are the well mixed ones; the mask makes the signed shift a logical one.
-        return torch.where(ids == 0, ids, 1 + ((product >> 15) ^ product).bitwise_and(0x7FFFFFFF) % buckets)
+        # Masked before the shift: torch_xla 2.9 shifts a negative number as if it divided, rounding towards zero.
+        product = ((ids - 1) * _GOLDEN).bitwise_and(0x7FFFFFFF)
+        # The high bits are the well mixed ones.
+        return torch.where(ids == 0, ids, 1 + ((product >> 15) ^ product) % buckets)
 
     return MappedIds(inner(shorter), mixed)
 
@@ -62,7 +63,7 @@ class MappedIds(nn.Module):
 def quotient_remainder(
     table: Table, inner: MakeBag, *, collisions: int = 4, op: Literal["mult", "add"] = "mult"
 ) -> nn.Module:
-    """Compositional rows from an id's quotient and remainder; options: ids that share a quotient, and the operation.
+    """Compositional rows: one table of id quotients and one of remainders, multiplied or added.
 
         e_i = Q[i // collisions] op R[i mod collisions]
 

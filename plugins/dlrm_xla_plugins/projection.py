@@ -15,14 +15,16 @@ from dlrm_xla.contract import MakeBag, Table
 def random_projection(
     table: Table, inner: MakeBag, *, dim: int = 4, kind: Literal["gaussian", "sparse_sign"] = "gaussian"
 ) -> nn.Module:
-    """Narrow rows times a fixed random matrix; options: the rows' width and the matrix's distribution.
+    """Narrow rows times a fixed random matrix.
 
         e_i = S[i] P,   P [dim, D] fixed, E[P_jk] = 0, E[P_jk^2] = 1 / dim
 
-    ``gaussian``: normal(0, 1/dim). ``sparse_sign``: sqrt(3/dim) times +1, 0, -1 with probability 1/6, 2/3, 1/6.
+    ``gaussian``: normal(0, 1/dim). ``sparse_sign``: s = ceil(dim / 3) entries of each column are +-1/sqrt(s), the others
+    0: a third is Achlioptas's density, and a fixed number per column leaves no column empty (Kane & Nelson).
     Keeps num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
 
-    Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1.
+    Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1; Kane & Nelson
+    2014, "Sparser Johnson-Lindenstrauss Transforms", section 1.
     """
     if not 1 <= dim < table.dim:
         raise ValueError(
@@ -32,9 +34,10 @@ def random_projection(
     if kind == "gaussian":
         matrix = torch.empty(dim, table.dim).normal_(std=1 / math.sqrt(dim))
     else:
-        uniform = torch.empty(dim, table.dim).uniform_()
-        sign = (uniform > 5 / 6).float() - (uniform < 1 / 6).float()
-        matrix = sign * math.sqrt(3 / dim)
+        nonzero = math.ceil(dim / 3)
+        places = torch.rand(dim, table.dim).argsort(0)
+        sign = torch.randint(0, 2, (dim, table.dim)) * 2.0 - 1
+        matrix = sign * (places < nonzero) / math.sqrt(nonzero)
     return ProjectedBag(inner(narrow), matrix)
 
 

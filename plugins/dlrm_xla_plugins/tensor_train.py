@@ -13,7 +13,7 @@ from dlrm_xla.contract import MakeBag, Table
 
 
 def tensorly_tt(table: Table, inner: MakeBag, *, rank: int = 8) -> nn.Module:
-    """Tensor train: each row is a product of three cores; options: the rank of the train.
+    """Tensor train: each row is a product of three small cores.
 
         i -> (i1, i2, i3) in mixed radix (n1, n2, n3), n1 n2 n3 >= R, and likewise the column in (d1, d2, d3)
         e_i[a, b, c] = G1[i1, a, :] . G2[i2, :, b, :] . G3[i3, :, c]
@@ -98,14 +98,12 @@ class TensorTrainBag(nn.Module):
         factors = tensor_train_matrix(padded.reshape(*bag.rows, *bag.columns), rank=[1, rank, rank, 1])
         with torch.no_grad():
             for core, factor in zip((bag.core1, bag.core2, bag.core3), factors, strict=True):
-                left, n, d, right = factor.shape  # tensorly: [left rank, row radix, column radix, right rank]
-                full = np.zeros((rank if left > 1 else 1, n, d, rank if right > 1 else 1))
-                if core is not bag.core1:
-                    full = np.zeros((rank, n, d, full.shape[3]))
-                if core is not bag.core3:
-                    full = np.zeros((full.shape[0], n, d, rank))
-                full[:left, :, :, :right] = factor
-                core.copy_(torch.from_numpy(full).permute(1, 0, 2, 3).reshape(core.shape))
+                # tensorly: [left rank, row radix, column radix, right rank]; ranks that the table does not need are
+                # left out by it, and are zeros here.
+                left, n, d, right = factor.shape
+                full = torch.zeros(1 if core is bag.core1 else rank, n, d, 1 if core is bag.core3 else rank)
+                full[:left, :, :, :right] = torch.from_numpy(factor)
+                core.copy_(full.transpose(0, 1).reshape(core.shape))
         return bag
 
     def extra_repr(self) -> str:
