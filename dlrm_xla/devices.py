@@ -32,9 +32,9 @@ class Counters:
 class Device:
     """What a training loop needs of a device.
 
-    ``place(module)`` moves a module there, ``compile(step, name)`` makes a step run as the device runs it best, ``synchronize()`` waits for queued work,
-    ``counters()`` reads the counts above, ``loud`` is a line that the user must not miss. ``capturable``: an
-    optimizer must keep its step counts on the device.
+    ``place(module)`` moves a module there, ``compile(step, name)`` makes a step run as the device runs it best,
+    ``synchronize()`` waits for queued work, ``counters()`` reads the counts above, ``loud`` is a line that the user
+    must not miss. ``capturable``: an optimizer must keep its step counts on the device.
     """
 
     name: str

@@ -219,6 +219,8 @@ def _explain(raw: Path, error: Exception | None) -> UserError:
         return UserError(f"{raw} is a truncated gzip file: it ends after line {number}. Fetch it again.")
     except (OSError, zlib.error) as broken:
         return UserError(f"{raw} cannot be read after line {number}: {broken}. Fetch it again.")
+    if number == 0:
+        return UserError(f"{raw} holds no lines; a Criteo log has lines of {len(COLUMNS)} tab-separated columns")
     return UserError(f"{raw} cannot be read: {error}")
 
 

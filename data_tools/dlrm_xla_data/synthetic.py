@@ -89,8 +89,8 @@ def _normal(seed: int, stream: int, ids: NDArray[np.int64]) -> NDArray[np.float3
 
     Two rounds of splitmix64 (Steele et al. 2014) and Box-Muller, so no table of effects is kept.
     """
-    key = np.uint64((seed * 1_000_003 + stream) % 2**64)
-    first = _splitmix(ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + _splitmix(np.array(key)))
+    key = np.array([(seed * 1_000_003 + stream) % 2**64], dtype=np.uint64)
+    first = _splitmix(ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + _splitmix(key))
     uniform = [(x >> np.uint64(11)).astype(np.float64) / 2**53 for x in (first, _splitmix(first))]
     normal = np.sqrt(-2 * np.log1p(-uniform[0])) * np.cos(2 * np.pi * uniform[1])
     return np.where(ids == 0, 0, normal).astype(np.float32)

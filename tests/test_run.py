@@ -1,0 +1,298 @@
+"""The launcher as a user runs it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, needs_xla
+from sklearn.metrics import log_loss
+
+from dlrm_xla import checkpoint, registry
+from dlrm_xla.config import Config, resolve
+from dlrm_xla.errors import UserError
+from dlrm_xla.metrics import base_rate_metrics, click_metrics
+from dlrm_xla.presets import PRESETS
+from dlrm_xla.train import learning_rate_factor
+
+_spec = importlib.util.spec_from_file_location("run", ROOT / "launch" / "run.py")
+launcher = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(launcher)
+
+QUICK = ["--synthetic-rows", "7000", "--min-count", "1", "--log-every", "5"]
+REPORT = """device plugin preset seed epochs batch_size auc log_loss normalized_entropy accuracy base_rate_log_loss
+    embedding_bytes exact_embedding_bytes compression_ratio num_parameters train_samples_per_second step_ms_median
+    compiles fallbacks versions commit tables""".split()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_a_run_writes_its_folder(device, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert launcher.main([*QUICK, "--device", device, "--plugin", "tensorly_tt:rank=2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "SYNTHETIC DATA" in printed
+    assert "best AUC that any model could reach" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert set(REPORT) <= set(report)
+    assert report["fallbacks"] == 0
+    assert report["compiles"] == (2 if device == "xla" else 0)
+    assert report["one_graph_rule_broken"] == []
+    assert ("XLA FOUND NO TPU" in printed) == (device == "xla")
+    assert [row["plugin"] for row in report["tables"]].count("tensorly_tt:rank=2") > 5
+    assert report["embedding_bytes"] == sum(row["bytes"] for row in report["tables"])
+    assert 0.5 < report["auc"] < report["best_reachable_auc"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"train_loss", "validation_auc"} <= set().union(*rows)
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert list(out.glob("events.out.tfevents*"))
+    for name in ("best", "last"):
+        assert (out / "checkpoints" / f"{name}.safetensors").is_file()
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert settings["plugin"] == {"value": "tensorly_tt:rank=2", "origin": "flag"}
+    assert settings["top"]["origin"] == "preset small"
+    assert settings["seed"]["origin"] == "default"
+    config, _ = resolve({}, out / "config.yaml")
+    assert config.plugin == "tensorly_tt:rank=2", "a run's configuration can be given back"
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    reports = []
+    for k, seed in enumerate(["1", "1", "2"]):
+        out = tmp_path / str(k)
+        assert launcher.main([*QUICK, "--seed", seed, "--out", str(out)]) == 0
+        reports.append(json.loads((out / "report.json").read_text()))
+    assert reports[0]["auc"] == reports[1]["auc"] != reports[2]["auc"]
+
+
+@needs_xla
+def test_cpu_and_xla_agree(small_log, tmp_path):
+    aucs = []
+    for device in ("cpu", "xla"):
+        out = tmp_path / device
+        flags = ["--data", str(small_log), "--batch-size", "50", "--min-rows", "10", "--plugin", "quotient_remainder"]
+        assert launcher.main([*flags, "--device", device, "--out", str(out)]) == 0
+        aucs.append(json.loads((out / "report.json").read_text())["log_loss"])
+    assert aucs[0] == pytest.approx(aucs[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_exact_tables_on_real_rows_reach_the_documented_auc(criteo_sample, tmp_path):
+    out = tmp_path / "run"
+    assert launcher.main(["--data", str(criteo_sample), "--data-cache", str(tmp_path), "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["auc"] > 0.765
+    assert report["exact_embedding_bytes"] == pytest.approx(280_499 * 64, rel=0.001)
+
+
+def test_multi_hot_bags_of_different_lengths_and_other_interactions(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("synthetic_tables: [30, 2000, 500]\nsynthetic_bags: [1, 3, 7]\ninteraction: dcn\ncross_rank: 8\n")
+    out = tmp_path / "run"
+    flags = [*QUICK, "--config", str(file), "--dense-optimizer", "adagrad", "--row-optimizer", "sgd"]
+    assert launcher.main([*flags, "--precision", "bf16", "--out", str(out)]) == 0
+    assert json.loads((out / "report.json").read_text())["tables"][1]["rows"] == 2000
+
+
+def test_the_best_checkpoint_is_the_model_that_was_reported(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*QUICK, "--epochs", "3", "--row-lr", "0.5", "--out", str(out)]
+    assert launcher.main(flags) == 0
+    report = json.loads((out / "report.json").read_text())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    aucs = {row["step"]: row["validation_auc"] for row in rows if "validation_auc" in row}
+    assert report["best_step"] == max(aucs, key=aucs.get)
+    assert report["stopped_early"], "this learning rate overfits"
+    assert report["epochs"] < 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--data", "nothing.tsv"], "there is no such file"),
+        (["--plugin", "tensorly"], "did you mean 'tensorly_tt'"),
+        (["--plugin", "tensorly_tt:rank=0"], "rank is 0"),
+        (["--preset", "huge"], "there is no preset 'huge'"),
+        (["--batch-size", "0"], "batch_size is 0 (flag), but must be at least 1"),
+        (["--config", "nothing.yaml"], "cannot read the configuration"),
+        (["--row-lr", "-1"], "must be above 0"),
+        (["--preset", "terabyte", "--synthetic-rows", "1000"], "the tables need"),
+        (["--plugin", "hash_rows", "--plugin", "tensorly_tt"], "--plugin hash_rows+tensorly_tt"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--epochs", "many"], "invalid int value"),
+    ],
+)
+def test_mistakes_are_told_with_exit_code_2(flags, match, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "terabyte" in flags:
+        monkeypatch.setattr(
+            launcher, "synthesize", lambda *a: _no_rows(PRESETS["terabyte"].settings["synthetic_tables"])
+        )
+    try:
+        code = launcher.main(flags)
+    except SystemExit as exit:
+        code = exit.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert match in printed.err
+    assert "Traceback" not in printed.err
+    assert not list(tmp_path.rglob("report.json"))
+
+
+def _no_rows(tables):
+    from dlrm_xla_data.prepared import PreparedDataset, day_split
+
+    one = np.broadcast_to(np.array([1]), max(tables))
+    names = [f"C{k}" for k in range(1, len(tables) + 1)]
+    data = PreparedDataset(
+        np.tile(np.array([0, 1], np.int8), 70),
+        np.zeros((140, 13), np.float32),
+        np.zeros((140, 26), np.int32),
+        [one[: n - 1] for n in tables],
+        names,
+        [1] * len(tables),
+        day_split(140),
+        {},
+    )
+    return data, 0.8
+
+
+def test_cuda_without_cuda_names_the_fix(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert launcher.main(["--device", "cuda"]) == 2
+    assert "nvidia-smi" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert launcher.main([*QUICK, "--out", str(tmp_path)]) == 2
+    assert "already holds files" in capsys.readouterr().err
+
+
+def test_plan_prints_and_stops(capsys):
+    assert launcher.main(["--plan", "--preset", "terabyte", "--plugin", "tensorly_tt:rank=16"]) == 0
+    printed = capsys.readouterr().out
+    assert "39,884,406" in printed
+    assert "total" in printed
+
+
+@needs_xla
+def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, monkeypatch):
+    def peeking(table, inner):
+        bag = inner(table)
+
+        class Peeking(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bag = bag
+
+            def forward(self, ids_BL, weights_BL):
+                if ids_BL.device.type == "xla" and ids_BL.max().item() < 0:
+                    return self.bag(ids_BL, weights_BL) * 2
+                return self.bag(ids_BL, weights_BL)
+
+        return Peeking()
+
+    def no_op(table, inner):
+        return inner(table)
+
+    monkeypatch.setattr(registry, "load", lambda name: peeking)
+    monkeypatch.setattr("dlrm_xla.plan.bytes_kept", lambda module: 1)
+    assert launcher.main([*QUICK, "--device", "xla", "--plugin", "peeking", "--out", str(tmp_path / "r")]) == 2
+    printed = capsys.readouterr().err
+    assert "the train step is not one XLA graph" in printed
+    assert ".item()" in printed
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--synthetic-rows", "70000", "--batch-size", "64", "--epochs", "50", "--patience", "0", "--log-every", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "launch/run.py", *flags, "--device", device, "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    deadline = time.monotonic() + 120
+    metrics = out / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "INTERRUPTED" in printed
+    assert "Traceback" not in errors
+    report = json.loads((out / "report.json").read_text())
+    assert report["interrupted"] is True
+    assert (out / "checkpoints" / "last.safetensors").is_file()
+
+
+def test_metrics_equal_scikit_learn_and_a_constant_is_the_base_rate():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 500).astype(np.float32)
+    logits = rng.normal(size=500).astype(np.float32)
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    result = click_metrics(labels, logits)
+    wins = (logits[labels == 1][:, None] > logits[labels == 0][None, :]).mean()
+    assert result["auc"] == pytest.approx(wins)
+    assert result["log_loss"] == pytest.approx(log_loss(labels, probability))
+    constant = np.full(500, np.log(0.3 / 0.7), np.float32)
+    base = base_rate_metrics(labels, 0.3)
+    for name, value in click_metrics(labels, constant).items():
+        assert base[name] == pytest.approx(value, rel=1e-6), name
+    with pytest.raises(UserError, match="all 500 labels"):
+        click_metrics(np.zeros(500, np.float32), logits)
+
+
+def test_learning_rate_schedule():
+    config = Config(warmup_steps=4, decay_start=10, decay_steps=10, decay_power=2.0)
+    factors = [learning_rate_factor(config, step) for step in (0, 3, 4, 10, 15, 20, 99)]
+    assert factors == [0.25, 1.0, 1.0, 1.0, 0.25, 0.0, 0.0]
+
+
+def test_every_preset_resolves_and_says_what_it_reproduces():
+    for name, preset in PRESETS.items():
+        config, origins = resolve({"preset": name}, None)
+        assert len(config.synthetic_tables) == 26
+        assert origins["synthetic_tables"] == f"preset {name}"
+        assert len(preset.about) > 40
+
+
+def test_unknown_settings_and_wrong_types_are_told(tmp_path):
+    file = tmp_path / "c.yaml"
+    for text, match in (
+        ("epoch: 3", "did you mean 'epochs'"),
+        ("epochs: three", r"epochs cannot be 'three' \(.*c.yaml\)"),
+        ("[1, 2]", "lines of the form"),
+        ("a: [", "not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=match):
+            resolve({}, file)
+
+
+def test_flags_win_over_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("batch_size: 100\nseed: 5\n")
+    config, origins = resolve({"seed": 7, "preset": "kaggle"}, file)
+    assert (config.batch_size, config.seed, config.dense_lr) == (100, 7, 0.1)
+    assert (origins["batch_size"], origins["seed"], origins["dense_lr"]) == (str(file), "flag", "preset kaggle")
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        checkpoint.load_model(tmp_path / "none.safetensors", model)
+    (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04 not a checkpoint")
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        checkpoint.load_model(tmp_path / "bad.safetensors", model)
