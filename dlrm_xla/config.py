@@ -42,7 +42,7 @@ class Config:
     batch_size: int = _setting(512, "samples per step")
     seed: int = _setting(0, "seed of the initial values and of the order of rows")
     min_rows: int = _setting(1000, "tables with fewer rows than this stay exact")
-    min_count: int = _setting(1, "ids seen less often than this in training share the row of missing ids")
+    min_count: int = _setting(0, "ids seen less often than this in training share the row of missing ids; 0 keeps all")
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32", "bf16 runs matrix products under autocast; parameters stay fp32"
     )
@@ -57,7 +57,7 @@ class Config:
     patience: int = _setting(2, "stop after so many validations without a better AUC; 0: never")
     log_every: int = _setting(50, "steps between log lines, the only steps at which the host reads the device")
     evals_per_epoch: int = _setting(1, "validations per epoch")
-    synthetic_rows: int = _setting(200_000, "rows of the synthetic data that stand in when there is no --data")
+    synthetic_rows: int = _setting(100_000, "rows of the synthetic data that stand in when there is no --data")
     tables: dict[str, str] = _setting({}, "plugins of single tables by name", flag=False)
     bottom: list[int] = _setting([512, 256, 64], "hidden widths of the bottom MLP", flag=False)
     top: list[int] = _setting([512, 256], "hidden widths of the top MLP", flag=False)
@@ -69,8 +69,8 @@ class Config:
     synthetic_bags: list[int] = _setting([], "ids per bag of each synthetic table; none: one each", flag=False)
 
 
-_POSITIVE = ("epochs", "batch_size", "min_count", "dim", "log_every", "evals_per_epoch", "synthetic_rows")
-_NOT_NEGATIVE = ("seed", "min_rows", "warmup_steps", "decay_start", "decay_steps", "patience")
+_POSITIVE = ("epochs", "batch_size", "dim", "log_every", "evals_per_epoch", "synthetic_rows")
+_NOT_NEGATIVE = ("seed", "min_rows", "min_count", "warmup_steps", "decay_start", "decay_steps", "patience")
 
 
 def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[str, str]]:

@@ -6,6 +6,7 @@ A new backend is one new function here and one line in `_OPENERS`.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -66,8 +67,12 @@ def open_xla_first() -> bool:
     os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies' deprecations
-        torch_xla = importlib.import_module("torch_xla")
-    torch_xla.device()
+        logging.disable(logging.WARNING)  # it says where it runs; `Device.loud` says so louder
+        try:
+            torch_xla = importlib.import_module("torch_xla")
+            torch_xla.device()
+        finally:
+            logging.disable(logging.NOTSET)
     return True
 
 

@@ -108,6 +108,6 @@ def check_memory(plans: Sequence[TablePlan], row_optimizer: str) -> None:
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > 0.9 * have:
         raise UserError(
-            f"the tables need {need / 1e9:.1f} GB, but this machine has {have / 1e9:.1f} GB. Take a --plugin that keeps "
-            "less (--plan shows what each table keeps), a larger --min-count or a smaller --dim."
+            f"the tables need {need / 1e9:.1f} GB, but this machine has {have / 1e9:.1f} GB. Take a --plugin that "
+            "keeps less (--plan shows what each table keeps), a larger --min-count or a smaller --dim."
         )

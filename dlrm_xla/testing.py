@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlrm_xla import registry
 from dlrm_xla.contract import Table
-from dlrm_xla.devices import open_xla_first, open_device
+from dlrm_xla.devices import open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.plan import bytes_kept
 from dlrm_xla.rows import RowTable

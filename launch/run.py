@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import sys
 import typing
 from collections.abc import Sequence
@@ -86,8 +87,8 @@ def open_data(config: Config) -> tuple[PreparedDataset, float | None]:
         return (open_prepared(path) if path.is_dir() else open_log(path, cache)), None
     dataset, best = synthesize(config.synthetic_rows, config.synthetic_tables, config.synthetic_bags, config.seed)
     print(
-        f"SYNTHETIC DATA, for there is no --data: {config.synthetic_rows:,} rows of Criteo's shape with a planted signal; "
-        f"best AUC that any model could reach on its test rows: {best:.4f}"
+        f"SYNTHETIC DATA, for there is no --data: {config.synthetic_rows:,} rows of Criteo's shape with a planted "
+        f"signal; best AUC that any model could reach on its test rows: {best:.4f}"
     )
     return dataset, best
 
@@ -114,6 +115,9 @@ def run(config: Config, origins: dict[str, str]) -> int:
     print(f"device: {device.description}")
     if device.loud:
         print(f"*** {device.loud}")
+    if not config.data:  # refused now rather than after minutes of drawing rows
+        nominal, _ = planning.plan(make_tables(config, None), config.plugin, config.tables, config.min_rows)
+        planning.check_memory(nominal, config.row_optimizer)
     dataset, best_auc = open_data(config)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     tables = make_tables(config, dataset)
@@ -217,8 +221,8 @@ def print_results(
         best = f"{best_auc:>12.4f}" if best_auc and name == "auc" else ""
         print(f"{name.replace('_', ' '):<20}{report[name]:>12.4f}{value:>12.4f}{best}")
     print(
-        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables over "
-        f"all ids\nspeed               {report['train_samples_per_second']:,.0f} samples/s, median step "
+        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables "
+        f"over all ids\nspeed               {report['train_samples_per_second']:,.0f} samples/s, median step "
         f"{report['step_ms_median']:.1f} ms\ngraphs              {report['compiles']} compiled, "
         f"{report['fallbacks']} operations on the CPU instead\nrun folder          {path}"
     )
@@ -226,6 +230,9 @@ def print_results(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the flags and returns the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # so that a log file has the lines in their order
     given = vars(flags().parse_args(arguments))
     file, plan_only, listing = given.pop("config"), given.pop("plan"), given.pop("list_plugins")
     try:

@@ -9,11 +9,11 @@ import math
 import numpy as np
 import pytest
 from conftest import criteo_line
-
-from dlrm_xla.errors import UserError
 from dlrm_xla_data import criteo, prepared
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.synthetic import synthesize
+
+from dlrm_xla.errors import UserError
 
 
 def slow_reading(path, num_train):

@@ -52,7 +52,8 @@ import sys
 import torch
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch_xla", "tensorly", "pyarrow", "sklearn", "safetensors", "matplotlib", "tensorboard"}:
+        extras = {"torch_xla", "tensorly", "pyarrow", "sklearn", "safetensors", "matplotlib", "tensorboard"}
+        if name.split(".")[0] in extras:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
 import dlrm_xla.contract, dlrm_xla.registry, dlrm_xla.rows, dlrm_xla.row_optim, dlrm_xla.model, dlrm_xla.plan

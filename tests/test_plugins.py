@@ -5,12 +5,12 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
 
 from dlrm_xla import registry
 from dlrm_xla.contract import Table
 from dlrm_xla.rows import RowTable
 from dlrm_xla.testing import BagContract
-from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
 
 COMPOSITIONS = [
     "exact",

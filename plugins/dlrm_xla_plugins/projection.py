@@ -19,8 +19,8 @@ def random_projection(
 
         e_i = S[i] P,   P [dim, D] fixed, E[P_jk] = 0, E[P_jk^2] = 1 / dim
 
-    ``gaussian``: normal(0, 1/dim). ``sparse_sign``: s = ceil(dim / 3) entries of each column are +-1/sqrt(s), the others
-    0: a third is Achlioptas's density, and a fixed number per column leaves no column empty (Kane & Nelson).
+    ``gaussian``: normal(0, 1/dim). ``sparse_sign``: s = ceil(dim / 3) entries of each column are +-1/sqrt(s), the
+    others 0: a third is Achlioptas's density, and a fixed number per column leaves none empty (Kane & Nelson).
     Keeps num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
 
     Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1; Kane & Nelson
