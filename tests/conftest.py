@@ -6,6 +6,9 @@ import pytest
 
 from dlrm_xla.devices import open_xla_first
 
+# a package of its own, tested as installed by test_example_plugin.py
+collect_ignore = ["example_plugin"]
+
 HAS_XLA = open_xla_first()
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
