@@ -250,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that fills, a folder that vanishes; anything else names itself
+        print(f"error: {error}. Look at the disk and the permissions there, and run again.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was kept", file=sys.stderr)
         return INTERRUPTED

@@ -17,9 +17,11 @@ from sklearn.metrics import log_loss
 
 from dlrm_xla import checkpoint, registry
 from dlrm_xla.config import Config, resolve
+from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.presets import PRESETS
+from dlrm_xla.rows import RowTable
 from dlrm_xla.train import learning_rate_factor
 
 _spec = importlib.util.spec_from_file_location("run", ROOT / "launch" / "run.py")
@@ -220,6 +222,40 @@ def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["interrupted"] is True
     assert (out / "checkpoints" / "last.safetensors").is_file()
+
+
+def test_a_prepared_folder_is_as_good_as_the_log(small_log, tmp_path):
+    aucs = []
+    for data in (small_log, tmp_path / "small.tsv.prepared"):
+        out = tmp_path / f"run{len(aucs)}"
+        assert launcher.main(["--data", str(data), "--batch-size", "50", "--out", str(out)]) == 0
+        aucs.append(json.loads((out / "report.json").read_text())["auc"])
+    assert aucs[0] == aucs[1]
+
+
+def test_a_disk_that_fills_while_training_is_told(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    out = tmp_path / "run"
+    assert launcher.main([*QUICK, "--out", str(out)]) == 2
+    printed = capsys.readouterr().err
+    assert "cannot write the checkpoint" in printed
+    assert "No space left" in printed
+    assert not list(out.rglob("*.safetensors*"))
+
+
+def test_the_readmes_plugin_keeps_the_contract():
+    text = (ROOT / "README.md").read_text()
+    code = text.split("# my_plugin.py")[1].split("```")[0]
+    namespace: dict = {}
+    exec(code, namespace)
+    bag = namespace["halves"](Table("t", 101, 4), RowTable, parts=2)
+    ids = torch.arange(101, dtype=torch.int32).unsqueeze(1)
+    rows = bag(ids, torch.ones(101, 1))
+    assert torch.equal(rows[4], rows[5])
+    assert len(rows.unique(dim=0)) == 51
 
 
 def test_metrics_equal_scikit_learn_and_a_constant_is_the_base_rate():
