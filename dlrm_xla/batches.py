@@ -31,6 +31,13 @@ class PackedBatch(NamedTuple):
         weights_BS = None if self.weights_BS is None else self.weights_BS.to(device, non_blocking=True)
         return PackedBatch(dense_BI, ids_BS, labels_B, weights_BS)
 
+    def split(self, parts: int) -> list[PackedBatch]:
+        """Equal parts of the batch, in order."""
+        if parts == 1:
+            return [self]
+        pieces = [(None,) * parts if t is None else t.chunk(parts) for t in self]
+        return [PackedBatch(*piece) for piece in zip(*pieces, strict=True)]
+
 
 def unpack(packed: PackedBatch, bag_lengths: Sequence[int]) -> Batch:
     """Splits ids and weights by feature; every slot of a padded sample gets weight 0."""

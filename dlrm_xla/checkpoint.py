@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.errors import UserError
-from dlrm_xla.row_optim import RowOptimizer
+from dlrm_xla.row_store import RowStore
 
 FORMAT = "dlrm_xla checkpoint 1"
 
@@ -21,13 +21,14 @@ def save(
     path: Path,
     model: nn.Module,
     dense: torch.optim.Optimizer,
-    rows: RowOptimizer,
+    rows: RowStore,
     about: Mapping[str, Any],
 ) -> None:
     """Writes a checkpoint under a new name, syncs it and renames it, so a file of that name is always whole."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    tensors |= {f"model.{k}": v for k, v in rows.tables()}
     for index, state in dense.state_dict()["state"].items():
         tensors |= {f"dense_optimizer.{index}.{k}": v.detach() for k, v in state.items() if isinstance(v, Tensor)}
     tensors |= {f"row_optimizer.{k}": v for k, v in rows.state_dict().items()}
@@ -48,8 +49,11 @@ def save(
         ) from error
 
 
-def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Loads the model's part of a checkpoint, strictly, and returns what was saved about it."""
+def load_model(path: Path, model: nn.Module, rows: RowStore | None = None) -> dict[str, Any]:
+    """Loads the model's part of a checkpoint, strictly, and returns what was saved about it.
+
+    ``rows`` is the store that took the model's exact tables, if one did.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -60,6 +64,8 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
             state = {k.removeprefix("model."): file.get_tensor(k) for k in file.keys() if k.startswith("model.")}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+    if rows is not None:
+        rows.load_tables({name: state.pop(name) for name in rows.names})
     model.load_state_dict(state)
     about: dict[str, Any] = json.loads(metadata["about"])
     return about

@@ -18,6 +18,8 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.presets import PRESETS
 from dlrm_xla.registry import type_name
 
+RowOptimizerName = Literal["sgd", "adagrad", "adagrad_element", "adam"]
+PLACEMENTS = ("matmul", "dense", "sparse")
 DenseOptimizerName = Literal["sgd", "adagrad", "adam"]
 
 
@@ -46,10 +48,13 @@ class Config:
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32", "bf16 runs matrix products under autocast; parameters stay fp32"
     )
+    memory: str = _setting("", "bytes that the tables and their training may take, like 16GB; none: the device's")
     dim: int = _setting(16, "width of an embedding row")
     dense_optimizer: DenseOptimizerName = _setting("adam", "optimizer of MLPs and of plugins' own parameters")
     dense_lr: float = _setting(0.001, "its learning rate")
-    row_optimizer: Literal["sgd", "adagrad"] = _setting("adagrad", "optimizer of table rows; adagrad is row-wise")
+    row_optimizer: RowOptimizerName = _setting(
+        "adagrad", "optimizer of table rows: adagrad is row-wise, adam lazy; rows not looked up stay as they are"
+    )
     row_lr: float = _setting(0.02, "its learning rate")
     warmup_steps: int = _setting(0, "learning rates rise linearly over the first steps")
     decay_start: int = _setting(0, "step at which polynomial decay of the learning rates begins")
@@ -64,12 +69,22 @@ class Config:
     interaction: Literal["dot", "cat", "dcn"] = _setting("dot", "how vectors meet", flag=False)
     cross_layers: int = _setting(3, "layers of the dcn interaction", flag=False)
     cross_rank: int = _setting(512, "rank of the dcn interaction", flag=False)
+    row_precision: Literal["fp32", "bf16"] = _setting(
+        "fp32", "type of the tables; bf16 rounds each update up or down at random", flag=False
+    )
+    row_files: str = _setting("", "folder for tables larger than memory, mapped from there; cpu only", flag=False)
+    placement: dict[str, str] = _setting({}, "matmul, dense or sparse for single tables by name", flag=False)
+    matmul_rows: int = _setting(-1, "tables up to this are placed as matmul; -1: the device's own", flag=False)
+    dense_rows: int = _setting(-1, "tables up to this are placed as dense; -1: the device's own", flag=False)
+    micro_batches: int = _setting(1, "parts of a batch whose gradients are accumulated", flag=False)
+    row_weight_decay: float = _setting(0.0, "L2 on the rows that a step looks up", flag=False)
+    row_state: Literal["fp32", "bf16"] = _setting("fp32", "type of the row optimizer's state", flag=False)
     decay_power: float = _setting(2.0, "power of the polynomial decay", flag=False)
     synthetic_tables: list[int] = _setting([], "rows of each synthetic table", flag=False)
     synthetic_bags: list[int] = _setting([], "ids per bag of each synthetic table; none: one each", flag=False)
 
 
-_POSITIVE = ("epochs", "batch_size", "dim", "log_every", "evals_per_epoch", "synthetic_rows")
+_POSITIVE = ("epochs", "batch_size", "dim", "log_every", "evals_per_epoch", "synthetic_rows", "micro_batches")
 _NOT_NEGATIVE = ("seed", "min_rows", "min_count", "warmup_steps", "decay_start", "decay_steps", "patience")
 
 
@@ -97,6 +112,13 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
     for name in ("dense_lr", "row_lr"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
+    if config.batch_size % config.micro_batches:
+        raise UserError(
+            f"batch_size {config.batch_size} does not split into {config.micro_batches} equal micro_batches"
+        )
+    for name, placement in config.placement.items():
+        if placement not in PLACEMENTS:
+            raise UserError(f"placement of table {name} cannot be {placement!r}; {choices(placement, PLACEMENTS)}")
     if config.synthetic_bags and len(config.synthetic_bags) != len(config.synthetic_tables):
         raise UserError(
             f"synthetic_bags has {len(config.synthetic_bags)} numbers for {len(config.synthetic_tables)} tables"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.rows import BagCollection
 
 InteractionName = Literal["dot", "cat", "dcn"]
 
@@ -43,18 +44,45 @@ class DotInteraction(nn.Module):
     """
 
     pairs: Tensor
+    places: Tensor
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         n = num_features + 1
         self.out_width = dim + n * (n - 1) // 2
-        # Flat positions of the lower triangle; computed here because tril_indices falls back to the CPU on xla.
-        self.register_buffer("pairs", torch.tensor([i * n + j for i in range(n) for j in range(i)]), persistent=False)
+        # Flat positions of the lower triangle, and for each position of the square its pair, or one past the pairs on
+        # the diagonal; computed here because tril_indices falls back to the CPU on xla.
+        pairs = [(i, j) for i in range(n) for j in range(i)]
+        places = torch.full((n, n), len(pairs), dtype=torch.int32)
+        for number, (i, j) in enumerate(pairs):
+            places[i, j] = places[j, i] = number
+        self.register_buffer("pairs", torch.tensor([i * n + j for i, j in pairs], dtype=torch.int32), persistent=False)
+        self.register_buffer("places", places.flatten(), persistent=False)
 
     def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
         vectors_BFD = torch.stack([dense_BD, *bags], dim=1)
-        products_BFF = torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2))
-        return torch.cat([dense_BD, products_BFF.flatten(1).index_select(1, self.pairs)], dim=1)
+        pairs_BP: Tensor = _PairProducts.apply(vectors_BFD, self.pairs, self.places)  # type: ignore[no-untyped-call]
+        return torch.cat([dense_BD, pairs_BP], dim=1)
+
+
+class _PairProducts(torch.autograd.Function):
+    """p_(i,j) = v_i . v_j for j < i; [B, F, D] -> [B, P].
+
+    With the gradient of each product at both its places of a square G, symmetric and with a zero diagonal,
+    dV = G V: one gather and one product, where autograd scatters the gather's gradient and multiplies twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors_BFD: Tensor, pairs: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors_BFD, places)
+        return torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2)).flatten(1).index_select(1, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        vectors_BFD, places = ctx.saved_tensors
+        square_BF2 = torch.nn.functional.pad(grads[0], (0, 1)).index_select(1, places)
+        square_BFF = square_BF2.view(len(vectors_BFD), vectors_BFD.shape[1], -1)
+        return torch.bmm(square_BFF, vectors_BFD.to(square_BFF.dtype)), None, None
 
 
 class CatInteraction(nn.Module):
@@ -124,6 +152,7 @@ class DLRM(nn.Module):
         if len(dims) != 1:
             raise ValueError(f"all tables of a DLRM have one width, but these have {sorted(dims)}")
         dim = dims.pop()
+        self.tables = tuple(tables)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.bottom = mlp([num_dense, *bottom, dim], relu_last=True)
@@ -139,10 +168,9 @@ class DLRM(nn.Module):
             for position, (table, make_bag) in enumerate(zip(tables, make_bags, strict=True)):
                 torch.manual_seed(1_000_003 * (seed + 1) + position)
                 bags.append(make_bag(table))
-            self.bags = nn.ModuleList(bags)
+            self.bags = BagCollection(bags)
 
     def forward(self, dense_BI: Tensor, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         dense_BD = self.bottom(dense_BI)
-        bags = [bag(i, w) for bag, i, w in zip(self.bags, ids, weights, strict=True)]
-        logits_B1: Tensor = self.top(self.interaction(dense_BD, bags))
+        logits_B1: Tensor = self.top(self.interaction(dense_BD, self.bags(ids, weights)))
         return logits_B1.squeeze(1)

@@ -1,19 +1,23 @@
-"""Which bag each table gets, and what it costs to keep, before anything is allocated."""
+"""Which bag each table gets, and what it costs to keep and to train, before anything is allocated."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.devices import RowAccess
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.registry import compose, parse
-from dlrm_xla.rows import RowTable
+from dlrm_xla.row_optim import DTYPES, RULES
+from dlrm_xla.rows import Placement, RowTable, lines_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,32 @@ class TablePlan:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TrainingBytes:
+    """What training one table's bag takes of a device.
+
+    ``padded`` are the parameters as the device lays them out; ``optimizer`` what the optimizers keep beside them,
+    padded too; ``gradient`` the gradients of a step, of the rows looked up in a batch where rows are sparse.
+    ``placement`` is that of the exact tables inside, "dense" for a plugin's own parameters, several joined by +.
+    """
+
+    placement: str
+    padded: int
+    optimizer: int
+    gradient: int
+
+
 def bytes_kept(module: nn.Module) -> int:
     """Bytes that must be kept to serve: every parameter and every buffer of the state dict."""
     return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
 def plan(
-    tables: Sequence[Table], plugin: str, single: Mapping[str, str], min_rows: int
+    tables: Sequence[Table],
+    plugin: str,
+    single: Mapping[str, str],
+    min_rows: int,
+    innermost: MakeBag = RowTable,
 ) -> tuple[list[TablePlan], list[MakeBag]]:
     """Chooses a bag for each table; ``single`` holds the plugins of single tables by name.
 
@@ -55,23 +78,24 @@ def plan(
     for table in tables:
         spec = single.get(table.name, plugin)
         layers = parse(spec)
-        exact = table.num_rows * table.dim * 4
+        exact = bytes_kept(on_meta(innermost, table))
         note = ""
         if layers and table.name not in single and table.num_rows < min_rows:
             layers, note = [], f"below {min_rows} rows"
         elif layers:
-            kept = bytes_kept(_on_meta(compose(layers, RowTable), table, spec))
+            kept = bytes_kept(on_meta(compose(layers, innermost), table, spec))
             if kept >= exact:
                 layers, note = [], f"{spec} would keep {kept:,} bytes, no less than exact"
-        make = compose(layers, RowTable)
-        kept = bytes_kept(_on_meta(make, table, spec)) if layers else exact
+        make = compose(layers, innermost)
+        kept = bytes_kept(on_meta(make, table, spec)) if layers else exact
         name = "+".join(map(str, layers)) or "exact"
-        plans.append(TablePlan(table.name, table.num_rows, table.dim, name, kept, exact, note))
+        plans.append(TablePlan(table.name, table.num_rows, table.dim, name, kept, table.num_rows * table.dim * 4, note))
         bags.append(make)
     return plans, bags
 
 
-def _on_meta(make: MakeBag, table: Table, spec: str) -> nn.Module:
+def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:
+    """The bag on the ``meta`` device, where it takes no memory."""
     try:
         with torch.device("meta"):
             return make(table)
@@ -81,9 +105,64 @@ def _on_meta(make: MakeBag, table: Table, spec: str) -> nn.Module:
         ) from error
 
 
-def text(plans: Sequence[TablePlan]) -> str:
-    """The plan as a table for people, with totals."""
-    lines = [f"{'table':<10}{'rows':>12}{'dim':>5}{'bytes':>16}{'exact bytes':>16}{'ratio':>8}  plugin"]
+def training_bytes(
+    bag: nn.Module,
+    bag_length: int,
+    config: Config,
+    access: RowAccess,
+    place: Callable[[Table], Placement],
+) -> TrainingBytes:
+    """Counts what a bag takes in training on a device with this access to rows; the bag may be on ``meta``."""
+    placements: list[str] = []
+    padded = optimizer = gradient = 0
+    inside: set[int] = set()
+    rule, state = RULES[config.row_optimizer], DTYPES[config.row_state].itemsize
+    for member in bag.modules():
+        if not isinstance(member, RowTable):
+            continue
+        assert member.weight is not None
+        inside.add(id(member.weight))
+        table, placement = member.table, place(member.table)
+        placements.append(placement)
+        shape = lines_of(table.num_rows, table.dim, access, placement)
+        padded += padded_bytes(shape, member.weight.element_size(), access.lanes)
+        for kind in rule.states:
+            optimizer += padded_bytes((table.num_rows,) if kind == "row" else shape, state, access.lanes)
+        looked_up = (config.batch_size * bag_length, table.dim)
+        gradient += padded_bytes(looked_up if placement == "sparse" else shape, 4, access.lanes)
+    copies = {"sgd": 0, "adagrad": 1, "adam": 2}[config.dense_optimizer]
+    for tensor in {id(t): t for t in (*bag.parameters(), *bag.buffers())}.values():
+        if id(tensor) in inside:
+            continue
+        size = padded_bytes(tuple(tensor.shape), tensor.element_size(), access.lanes)
+        padded += size
+        if isinstance(tensor, nn.Parameter):
+            placements.append("dense")
+            optimizer += copies * size
+            gradient += size
+    return TrainingBytes("+".join(dict.fromkeys(placements)), padded, optimizer, gradient)
+
+
+def padded_bytes(shape: Sequence[int], item: int, lanes: int) -> int:
+    """Bytes of a row-major array on a device that pads the last dimension to ``lanes`` and the one before to 8.
+
+    An upper figure: the compiler may choose another layout, or more rows to a tile for shorter types.
+    """
+    if not lanes or not shape:
+        return math.prod(shape) * item
+    *outer, last = shape
+    if outer:
+        outer[-1] = -(-outer[-1] // 8) * 8
+    return math.prod(outer) * -(-last // lanes) * lanes * item
+
+
+def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = None, memory: float = 0) -> str:
+    """The plan as a table for people, with totals, and whether they fit ``memory`` bytes."""
+    head = f"{'table':<10}{'rows':>12}{'dim':>5}{'bytes':>16}{'exact bytes':>16}{'ratio':>8}"
+    if training:
+        head += f"{'padded':>17}{'optimizer':>17}{'gradient':>15}  {'placement':<10}"
+    lines = [head + "  plugin"]
+    shown: list[TrainingBytes | None] = list(training) if training else [None] * len(plans)
     total = TablePlan(
         "total",
         sum(p.rows for p in plans),
@@ -92,22 +171,41 @@ def text(plans: Sequence[TablePlan]) -> str:
         sum(p.bytes for p in plans),
         sum(p.exact_bytes for p in plans),
     )
-    for p in [*plans, total]:
+    sums = None
+    if training:
+        padded, optimizer, gradient = (sum(getattr(t, f.name) for t in training) for f in fields(TrainingBytes)[1:])
+        sums = TrainingBytes("", padded, optimizer, gradient)
+    for p, t in zip([*plans, total], [*shown, sums], strict=True):
         note = f"  ({p.note})" if p.note else ""
+        line = f"{p.name:<10}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
+        line += f"{p.exact_bytes / p.bytes:>7.1f}x"
+        if t:
+            line += f"{t.padded:>17,}{t.optimizer:>17,}{t.gradient:>15,}  {t.placement:<10}"
+        lines.append(f"{line}  {p.plugin}{note}")
+    if sums:
+        need = sums.padded + sums.optimizer + sums.gradient
+        verdict = "fits" if need <= memory else "DOES NOT FIT"
         lines.append(
-            f"{p.name:<10}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
-            f"{p.exact_bytes / p.bytes:>7.1f}x  {p.plugin}{note}"
+            f"tables, optimizer and gradients take {need / 1e9:,.2f} GB: {verdict} in {memory / 1e9:,.2f} GB "
+            "(MLPs and activations not counted)"
         )
     return "\n".join(lines)
 
 
-def check_memory(plans: Sequence[TablePlan], row_optimizer: str) -> None:
-    """Raises a UserError where tables and their optimizer state exceed the memory of this machine."""
-    state = sum(p.rows * 4 for p in plans) if row_optimizer == "adagrad" else 0
-    need = sum(p.bytes for p in plans) + state
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > 0.9 * have:
+def read_bytes(given: str) -> float:
+    """Bytes from what a person writes: 16GB, 96 MB, 16e9."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kMGT]?)B?\s*", given)
+    if found is None:
+        raise UserError(f"--memory cannot be {given!r}; write it like 16GB, 500MB or 16e9")
+    return float(found[1]) * float(1000 ** " kMGT".index(found[2] or " "))
+
+
+def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:
+    """Raises a UserError where tables, their optimizer and their gradients exceed the memory."""
+    need = sum(t.padded + t.optimizer + t.gradient for t in training)
+    if need > memory:
         raise UserError(
-            f"the tables need {need / 1e9:.1f} GB, but this machine has {have / 1e9:.1f} GB. Take a --plugin that "
-            "keeps less (--plan shows what each table keeps), a larger --min-count or a smaller --dim."
+            f"training the tables needs {need / 1e9:.1f} GB, but there are {memory / 1e9:.1f} GB. Take a --plugin that "
+            "keeps less (--plan shows what each table takes), a larger --min-count or a smaller --dim; on the cpu, "
+            "row_files in a --config file keeps large tables on disk."
         )

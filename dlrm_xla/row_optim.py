@@ -1,82 +1,226 @@
-"""Optimizers that touch only the rows that a step looked up, in place, with static shapes.
+"""Optimizers that touch only the rows that a step looked up, in place.
 
-Duplicate ids are combined by sort and segment sum into a buffer as long as the list of ids: no `unique`, whose
-result has a shape that depends on the data and which torch-xla runs on the CPU.
+Duplicate ids are combined by sort and segment sum. Where shapes must be static the result is as long as the list of
+ids: `unique` has a shape that depends on the data, and torch-xla runs it on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dlrm_xla.rows import RowTable
+from dlrm_xla.config import RowOptimizerName
+from dlrm_xla.devices import Device
+from dlrm_xla.rows import RowFiles, RowStack, matmul_parts, one_hot
 
-RowOptimizerName = Literal["sgd", "adagrad"]
+StateName = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def combine_duplicates(ids_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums the gradients of equal ids: (ids_N, grads_ND) -> (ids_U, grads_UD), U = N, rows past the last one zero.
+@dataclass(frozen=True)
+class RowSettings:
+    """Numbers of a row optimizer. ``weight_decay`` is L2, added to the gradient of touched rows only."""
 
-    The unused end of ``ids_U`` repeats the largest id with a zero gradient, so that adding it changes nothing.
+    name: RowOptimizerName = "adagrad"
+    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    state: StateName = "fp32"
+
+
+class Rule(NamedTuple):
+    """An optimizer for rows given with their whole gradients.
+
+    ``states`` says for each state whether it has one number per row or per element. ``update`` maps (gradients [U, D],
+    states, learning rate, step [1] from 1, settings) to (what is added to the rows, new states). ``still``: a row whose
+    gradient is zero stays as it is, state included.
+    """
+
+    states: tuple[Literal["row", "element"], ...]
+    update: Callable[[Tensor, list[Tensor], float, Tensor, RowSettings], tuple[Tensor, list[Tensor]]]
+    still: bool
+
+
+def _sgd(g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings) -> tuple[Tensor, list[Tensor]]:
+    return g * -lr, []
+
+
+def _adagrad(g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings) -> tuple[Tensor, list[Tensor]]:
+    sum_U = states[0] + g.square().mean(1)
+    return g * (-lr / (sum_U.sqrt() + s.eps)).unsqueeze(1), [sum_U]
+
+
+def _adagrad_element(
+    g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings
+) -> tuple[Tensor, list[Tensor]]:
+    sum_UD = states[0] + g.square()
+    return g * -lr / (sum_UD.sqrt() + s.eps), [sum_UD]
+
+
+def _adam(g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings) -> tuple[Tensor, list[Tensor]]:
+    # The second moment is the first state: torch_xla lets XLA pair donated buffers with results of the same shape in
+    # the order in which the graph meets them, and a pair that is crossed costs a copy of each.
+    first, second = s.betas
+    v_UD = states[0] * second + g.square() * (1 - second)
+    m_UD = states[1] * first + g * (1 - first)
+    # 1 - beta^t without the loss of digits that 1 - 0.999 has in float32
+    bias1, bias2 = (-torch.expm1(step * math.log(beta)) for beta in s.betas)
+    return m_UD * (-lr * bias2.sqrt() / bias1) / (v_UD.sqrt() + s.eps), [v_UD, m_UD]
+
+
+RULES: dict[str, Rule] = {
+    "sgd": Rule((), _sgd, still=True),
+    "adagrad": Rule(("row",), _adagrad, still=True),
+    "adagrad_element": Rule(("element",), _adagrad_element, still=True),
+    "adam": Rule(("element", "element"), _adam, still=False),
+}
+
+
+def combine_duplicates(ids_N: Tensor, grads_ND: Tensor, past_end: int | None = None) -> tuple[Tensor, Tensor]:
+    """Sums the gradients of equal ids: (ids_N, grads_ND) -> (ids_U, grads_UD), ids rising.
+
+    With ``past_end`` shapes are static, U = N: what is left over at the end of ``ids_U`` are different ids from
+    ``past_end`` on, which belong to no row.
     """
     sorted_N, order_N = torch.sort(ids_N, stable=True)
+    if past_end is None:
+        ids_U, segment_N = torch.unique_consecutive(sorted_N, return_inverse=True)
+        # int64 segments take torch's parallel kernel
+        sums_UD = grads_ND.new_zeros(len(ids_U), grads_ND.shape[1])
+        return ids_U, sums_UD.index_add_(0, segment_N, grads_ND.index_select(0, order_N))
     is_first_N = torch.ones_like(sorted_N)
     is_first_N[1:] = (sorted_N[1:] != sorted_N[:-1]).to(sorted_N.dtype)
     segment_N = torch.cumsum(is_first_N, 0, dtype=torch.int32) - 1
     # torch_xla 2.9 aborts the process where index_select takes a result of sort as it is; .int() makes it another.
     sums_UD = torch.zeros_like(grads_ND).index_add_(0, segment_N, grads_ND.index_select(0, order_N.int()))
-    ids_U = sorted_N[-1:].expand(len(sorted_N)).contiguous()
+    spare_N = past_end + torch.arange(len(ids_N), dtype=ids_N.dtype, device=ids_N.device)
     # Ids of one segment are equal, so whichever of them is written last, the result is the same.
-    ids_U = ids_U.scatter(0, segment_N.long(), sorted_N)
-    return ids_U, sums_UD
+    return spare_N.scatter(0, segment_N.long(), sorted_N), sums_UD
 
 
-class RowOptimizer:
-    """SGD, or exact row-wise Adagrad, over the rows looked up since the last step.
+def round_stochastically(values: Tensor, keys: Tensor, device: Device) -> Tensor:
+    """float32 -> bfloat16, up or down with probabilities that make the mean exact.
 
-    With g the gradient of a row summed over its duplicates:
+    A random number below 2^16 is added to the 32 bits, whose lower half is then cut off. It is a hash of ``keys``
+    (int32, broadcast over the last dimension), so every device rounds alike and a resumed run goes on alike.
 
-        sgd      w -= lr g
-        adagrad  s += mean(g^2);  w -= lr g / (sqrt(s) + eps)      one float of state per row
-
-    Row-wise Adagrad as in FBGEMM's table-batched embedding (EXACT_ROWWISE_ADAGRAD).
+    Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 2.
     """
+    column = torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
+    mixed = keys.unsqueeze(-1) * -1640531527 + column * 40503 if values.dim() > 1 else keys * -1640531527
+    for _ in range(2):
+        mixed = ((mixed.bitwise_and(0x7FFFFFFF) >> 15) ^ mixed) * -2048144789
+    noise = mixed.bitwise_and(0x7FFFFFFF) >> 15
+    cut = (device.rows.bits(values, torch.int32) + noise) & -65536
+    return device.rows.bits(cut, torch.float32).to(torch.bfloat16)
 
-    def __init__(
-        self, tables: Sequence[RowTable], name: RowOptimizerName, learning_rate: float, eps: float = 1e-8
+
+class StackOptimizer(nn.Module):
+    """One stack's part of a `RowOptimizer`: a module, so that its state moves to a device with the rest."""
+
+    def __init__(self, stack: RowStack, settings: RowSettings, files: RowFiles | None = None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.rule = RULES[settings.name]
+        dtype = DTYPES[settings.state]
+        for number, kind in enumerate(self.rule.states):
+            shape = (stack.num_rows,) if kind == "row" else tuple(stack.rows.shape)
+            zeros = files.create(f"state{number}", shape, dtype) if files else torch.zeros(shape, dtype=dtype)
+            self.register_buffer(f"state{number}", zeros)
+
+    def states(self) -> list[Tensor]:
+        """The state arrays."""
+        return [self.get_buffer(f"state{number}") for number in range(len(self.rule.states))]
+
+    def step(self, stack: RowStack, learning_rate: float, step: Tensor) -> None:
+        """Updates the rows looked up since the last step."""
+        ids_N = torch.cat([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
+        grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
+        plain = stack.rows.dtype == torch.float32 and self.settings.weight_decay == 0
+        if stack.placement == "sparse" and plain and self.settings.name == "sgd":
+            # Addition combines duplicates by itself.
+            stack.device.rows.scatter(stack.rows, ids_N, grads_ND * -learning_rate, True)
+            return
+        still = self.rule.still and self.settings.weight_decay == 0
+        if not still:
+            # Padding must not count as touched: it goes to an id that no row has.
+            real_N = torch.cat([lookup.weights_BS.reshape(-1) for lookup in stack.lookups]) != 0
+            ids_N = torch.where(real_N, ids_N, stack.end)
+        if stack.placement == "sparse":
+            self._sparse(stack, ids_N, grads_ND, learning_rate, step, drop=not still)
+        else:
+            self._dense(stack, ids_N, grads_ND, learning_rate, step, still)
+
+    def _sparse(
+        self, stack: RowStack, ids_N: Tensor, grads_ND: Tensor, learning_rate: float, step: Tensor, drop: bool
     ) -> None:
-        self.tables = list(tables)
-        self.name = name
-        self.learning_rate = learning_rate
-        self.eps = eps
-        self.state: list[Tensor] = []
-        if name == "adagrad":
-            # Made on the host: zeros made on xla would be one more graph to compile.
-            self.state = [torch.zeros(len(t.weight)).to(t.weight.device) for t in self.tables]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Applies and forgets the gradients of all lookups since the last step."""
-        for position, table in enumerate(self.tables):
-            looked_up = [(ids_N, rows.grad) for ids_N, rows in table.lookups if rows.grad is not None]
-            table.lookups.clear()
-            if not looked_up:
-                continue
-            ids_N = torch.cat([ids for ids, _ in looked_up])
-            grads_ND = torch.cat([grad for _, grad in looked_up])
-            if self.name == "sgd":
-                # Addition combines duplicates by itself.
-                table.weight.index_add_(0, ids_N, grads_ND * -self.learning_rate)
-                continue
+        device = stack.device
+        if device.rows.static_shapes:
+            ids_U, sums_UD = combine_duplicates(ids_N, grads_ND, stack.end + 1)
+        else:
             ids_U, sums_UD = combine_duplicates(ids_N, grads_ND)
-            state_R = self.state[position]
-            state_R.index_add_(0, ids_U, sums_UD.square().mean(1))
-            scale_U = -self.learning_rate / (state_R.index_select(0, ids_U).sqrt() + self.eps)
-            table.weight.index_add_(0, ids_U, sums_UD * scale_U.unsqueeze(1))
+            if drop and len(ids_U) and int(ids_U[-1]) == stack.end:
+                ids_U, sums_UD = ids_U[:-1], sums_UD[:-1]
+        at_U = ids_U.clamp(max=stack.num_rows - 1) if device.rows.static_shapes else ids_U
+        old = [
+            device.rows.gather(array, at_U, stack.dim) if array.dim() > 1 else array.index_select(0, at_U)
+            for array in self.states()
+        ]
+        rows_UD, states = self._updated(stack.read(at_U), sums_UD, old, learning_rate, step)
+        self._write(stack, ids_U, rows_UD, states, step)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of each table under ``<position>.<table name>``."""
-        return {f"{i}.{t.table.name}": s for i, (t, s) in enumerate(zip(self.tables, self.state, strict=False))}
+    def _dense(
+        self, stack: RowStack, ids_N: Tensor, grads_ND: Tensor, learning_rate: float, step: Tensor, still: bool
+    ) -> None:
+        if stack.placement == "matmul":
+            hot_RN = one_hot(ids_N, stack.num_rows).t()
+            sums_RD = sum(
+                (hot_RN @ part for part in matmul_parts(grads_ND, stack.device)), torch.zeros(()).to(grads_ND)
+            )
+            touched_R = hot_RN.sum(1) > 0
+        else:
+            # One row more for padding.
+            sums_RD = grads_ND.new_zeros(stack.num_rows + 1, stack.dim)
+            stack.device.rows.scatter(sums_RD, ids_N, grads_ND, True)
+            sums_RD = sums_RD[:-1]
+            touched_R = grads_ND.new_zeros(stack.num_rows + 1)
+            if not still:
+                stack.device.rows.scatter(touched_R, ids_N, torch.ones_like(ids_N, dtype=touched_R.dtype), True)
+            touched_R = touched_R[:-1] > 0
+        old = self.states()
+        rows_RD, states = self._updated(stack.rows.float(), sums_RD, old, learning_rate, step)
+        if not still:
+            rows_RD = torch.where(touched_R.unsqueeze(1), rows_RD, stack.rows.float())
+            states = [
+                torch.where(touched_R.unsqueeze(1) if new.dim() > 1 else touched_R, new, before.float())
+                for new, before in zip(states, old, strict=True)
+            ]
+        ids_R = torch.arange(stack.num_rows, dtype=torch.int32, device=stack.rows.device)
+        stack.rows.copy_(self._rounded(rows_RD, stack.rows.dtype, ids_R, step, 0, stack.device))
+        for number, (array, new) in enumerate(zip(old, states, strict=True), 1):
+            array.copy_(self._rounded(new, array.dtype, ids_R, step, number, stack.device))
+
+    def _updated(
+        self, rows: Tensor, sums: Tensor, states: list[Tensor], learning_rate: float, step: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        if self.settings.weight_decay:
+            sums = sums + rows * self.settings.weight_decay
+        change, new = self.rule.update(sums, [s.float() for s in states], learning_rate, step, self.settings)
+        return rows + change, new
+
+    def _write(self, stack: RowStack, ids_U: Tensor, rows_UD: Tensor, states: list[Tensor], step: Tensor) -> None:
+        targets = [(stack.rows, rows_UD), *zip(self.states(), states, strict=True)]
+        for number, (array, values) in enumerate(targets):
+            values = self._rounded(values, array.dtype, ids_U, step, number, stack.device)
+            stack.device.rows.scatter(array, ids_U, values, False)
+
+    @staticmethod
+    def _rounded(values: Tensor, dtype: torch.dtype, ids: Tensor, step: Tensor, number: int, device: Device) -> Tensor:
+        if dtype == torch.float32:
+            return values
+        return round_stochastically(values, ids + (step * 7919 + number * 104729), device)

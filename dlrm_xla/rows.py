@@ -1,17 +1,28 @@
-"""The exact table: the innermost bag, which every plugin ends at, and the one place that holds large rows.
+"""The exact table: the innermost bag, which every plugin ends at, and the arrays that hold many tables' rows.
 
-A step must cost what it touches, not what the table holds. So in training the gathered rows, not the table,
+A step must cost what it touches, not what the tables hold. So in training the gathered rows, not the array,
 are the leaf of autograd; `dlrm_xla.row_optim` then updates exactly those rows in place.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import Table
+from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.errors import UserError
+
+Placement = Literal["matmul", "dense", "sparse"]
+# Initial values are drawn in parts, so that a table on disk never is in memory whole.
+_INITIAL_ROWS = 2**18
 
 
 class RowTable(nn.Module):
@@ -19,40 +30,285 @@ class RowTable(nn.Module):
 
     ids_BL int32 in [0, num_rows), weights_BL float, result [B, D]. Rows start uniform with the table's standard
     deviation (for a plain table the reference's uniform(-1/sqrt(R), 1/sqrt(R)), facebookresearch/dlrm).
+
+    Made alone it holds ``weight`` [R, D] and is a module like any other. Once a `RowStack` took its rows, ``weight``
+    is None and ``home`` says where they are.
     """
 
-    def __init__(self, table: Table) -> None:
+    weight: nn.Parameter | None
+
+    def __init__(self, table: Table, dtype: torch.dtype = torch.float32, files: RowFiles | None = None) -> None:
         super().__init__()
         self.table = table
+        self.file_backed = files is not None and files.takes(table, dtype)
+        shape = (table.num_rows, table.dim)
+        weight = (
+            files.create(table.name, shape, dtype) if files and self.file_backed else torch.empty(shape, dtype=dtype)
+        )
         bound = math.sqrt(3) * table.start_std
-        self.weight = nn.Parameter(torch.empty(table.num_rows, table.dim).uniform_(-bound, bound))
-        self.row_sparse = False
-        self.lookups: list[tuple[Tensor, Tensor]] = []
+        for part in torch.split(weight, _INITIAL_ROWS):
+            part.copy_(torch.empty(part.shape).uniform_(-bound, bound))
+        self.weight = nn.Parameter(weight)
+        self.home: Home | None = None
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        ids_N = ids_BL.reshape(-1)
-        if self.row_sparse and self.training and torch.is_grad_enabled():
-            rows_ND = self.weight.detach().index_select(0, ids_N).requires_grad_()
-            self.lookups.append((ids_N, rows_ND))
-        else:
-            rows_ND = self.weight.index_select(0, ids_N)
-        if ids_BL.shape[1] == 1:
-            return rows_ND * weights_BL
-        return (rows_ND.view(*ids_BL.shape, -1) * weights_BL.unsqueeze(-1)).sum(1)
+        if self.home is not None:
+            stack, base = self.home
+            return stack.look_up(ids_BL + base, weights_BL, [ids_BL.shape[1]], [self.table.name], self.training)[:, 0]
+        assert self.weight is not None
+        return pool(self.weight.index_select(0, ids_BL.reshape(-1)), weights_BL, [ids_BL.shape[1]])[:, 0]
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.table.num_rows} x {self.table.dim}"
 
 
-def row_tables(model: nn.Module) -> list[RowTable]:
-    """All exact tables inside a model, whatever plugins are around them."""
-    return [module for module in model.modules() if isinstance(module, RowTable)]
+class RowFiles:
+    """Files of a folder as arrays: what is read comes from disk, what is written goes there, memory is a cache."""
+
+    def __init__(self, folder: Path, least_bytes: int = 2**26) -> None:
+        self.folder = folder
+        self.least_bytes = least_bytes
+        self._count = 0
+        try:
+            if folder.exists() and any(folder.iterdir()):
+                raise UserError(f"row_files: {folder} is not empty; name a new folder, or empty it")
+        except OSError as error:
+            raise UserError(f"row_files: cannot use {folder}: {error.strerror}") from error
+
+    def takes(self, table: Table, dtype: torch.dtype) -> bool:
+        """Whether a table is large enough to be a file."""
+        return table.num_rows * table.dim * dtype.itemsize >= self.least_bytes
+
+    def create(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new file of zeros as an array; a UserError if the disk has no room."""
+        if torch.get_default_device().type == "meta":  # a plan, which must leave nothing behind
+            return torch.empty(shape, dtype=dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self._count}.{name}.{str(dtype).removeprefix('torch.')}"
+        self._count += 1
+        numbers = math.prod(shape)
+        free = shutil.disk_usage(self.folder).free
+        if numbers * dtype.itemsize > free:
+            raise UserError(
+                f"row_files: {path} needs {numbers * dtype.itemsize / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
+            )
+        return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
 
 
-def use_row_gradients(model: nn.Module) -> list[RowTable]:
-    """Makes every exact table's rows a matter of the row optimizer; autograd no longer sees the tables."""
-    tables = row_tables(model)
-    for table in tables:
-        table.row_sparse = True
-        table.weight.requires_grad_(False)
-    return tables
+class Home(NamedTuple):
+    """Where a table's rows are: row 0 is row ``base`` of the stack. A tuple, so that no table owns the stack."""
+
+    stack: RowStack
+    base: int
+
+
+class Lookup(NamedTuple):
+    """What one lookup of a step leaves for the optimizer.
+
+    ``leaf`` is the leaf of autograd: the ``pooled`` bags [B, F, D], or, where a plugin's weights want gradients
+    themselves, the gathered rows [B, S, D].
+    """
+
+    ids_BS: Tensor
+    weights_BS: Tensor
+    leaf: Tensor
+    pooled: bool
+    lengths: Sequence[int]
+    names: Sequence[str]
+
+    def gradients(self) -> Tensor:
+        """Gradient of each slot's row, [B S, D]."""
+        grad = self.leaf.grad
+        assert grad is not None
+        if self.pooled:
+            if len(self.lengths) != self.ids_BS.shape[1]:
+                parts = zip(grad.unbind(1), self.lengths, strict=True)
+                grad = torch.cat([g_BD.unsqueeze(1).expand(-1, length, -1) for g_BD, length in parts], 1)
+            grad = grad * self.weights_BS.unsqueeze(2)
+        return grad.reshape(-1, grad.shape[2])
+
+    def gradient_sums(self) -> Tensor:
+        """One number per name, not finite where any gradient of that table is not."""
+        assert self.leaf.grad is not None
+        sums = self.leaf.grad.sum((0, 2))
+        return sums if len(sums) == len(self.names) else sums.sum().expand(len(self.names))
+
+
+def pool(rows_ND: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Weighted sum of each bag's rows: [B S, D], [B, S] -> [B, F, D], bag f of ``lengths[f]`` slots."""
+    rows_BSD = rows_ND.view(*weights_BS.shape, -1) * weights_BS.unsqueeze(2)
+    if len(lengths) == weights_BS.shape[1]:
+        return rows_BSD
+    if len(lengths) == 1:
+        return rows_BSD.sum(1, keepdim=True)
+    return torch.stack([part_BLD.sum(1) for part_BLD in torch.split(rows_BSD, list(lengths), 1)], 1)
+
+
+class RowStack(nn.Module):
+    """Rows of several tables of one width in one array.
+
+    ``rows`` is [ceil(R / pack), pack dim]: row r lies in line r // pack, from column (r mod pack) dim on. A TPU pads
+    the last dimension to 128 lanes, so there narrow rows are packed several to a line; elsewhere ``pack`` is 1.
+
+    ``placement`` says how rows are read and how gradients of equal ids are added up:
+
+        sparse   gather; sort and segment sum over the ids looked up       cost: ids looked up
+        dense    gather; sum into a gradient of all rows                   cost: rows
+        matmul   one-hot times rows, and its transpose times gradients     cost: rows x ids, on the matrix unit
+    """
+
+    rows: Tensor
+
+    def __init__(self, tables: Sequence[RowTable], device: Device, placement: Placement = "sparse") -> None:
+        super().__init__()
+        widths = {t.table.dim for t in tables}
+        if len(widths) != 1:
+            raise ValueError(f"a stack has rows of one width, but these tables have {sorted(widths)}")
+        self.dim = widths.pop()
+        self.device = device
+        self.placement = placement
+        self.tables = [t.table for t in tables]
+        self.num_rows = sum(t.num_rows for t in self.tables)
+        lines, width = lines_of(self.num_rows, self.dim, device.rows, placement)
+        self.pack = width // self.dim
+        self.lookups: list[Lookup] = []
+        ends = list(itertools.accumulate(t.num_rows for t in self.tables))
+        self.bases = [0, *ends[:-1]]
+        self.file_backed = any(t.file_backed for t in tables)
+        first = tables[0].weight
+        assert first is not None, f"{tables[0].table.name} is in a stack already"
+        if len(tables) == 1 and self.pack == 1:
+            array = first.detach()  # as it is, for it may be a file
+        else:
+            assert not self.file_backed, "a file is a stack of its own"
+            array = torch.zeros(lines, width, dtype=first.dtype)
+        for member, base in zip(tables, self.bases, strict=True):
+            assert member.weight is not None, f"{member.table.name} is in a stack already"
+            if array.data_ptr() != member.weight.data_ptr():
+                array.view(-1, self.dim)[base : base + member.table.num_rows] = member.weight.detach()
+            # Given back one by one: the peak is the largest table above the stack, not twice the stack.
+            member.weight = None
+            member.home = Home(self, base)
+        self.register_buffer("rows", array)
+
+    def look_up(
+        self, ids_BS: Tensor, weights_BS: Tensor, lengths: Sequence[int], names: Sequence[str], training: bool
+    ) -> Tensor:
+        """Bags over the stack's own ids: [B, S] twice -> [B, F, D], ``lengths`` and ``names`` of F bags side by side.
+
+        In training the result is, or comes from, a leaf that the optimizer finds in ``lookups``.
+        """
+        if not (training and torch.is_grad_enabled()):
+            return pool(self.read(ids_BS.reshape(-1)), weights_BS, lengths)
+        with torch.no_grad():
+            leaf = self.read(ids_BS.reshape(-1))
+            if pooled := not weights_BS.requires_grad:
+                leaf = pool(leaf, weights_BS, lengths)
+        leaf = leaf.view(len(ids_BS), -1, self.dim).requires_grad_()
+        self.lookups.append(Lookup(ids_BS, weights_BS.detach(), leaf, pooled, lengths, names))
+        return leaf if pooled else pool(leaf, weights_BS, lengths)
+
+    def read(self, ids_N: Tensor) -> Tensor:
+        """Rows of the stack's own ids, float32 [N, D]."""
+        if self.placement == "matmul":
+            rows_ND = one_hot_product(ids_N, self.rows.float(), self.device)
+        else:
+            rows_ND = self.device.rows.gather(self.rows, ids_N, self.dim)
+        return rows_ND.float()
+
+    @property
+    def end(self) -> int:
+        """The first id past the array: of padding, where it must not count as an id that was looked up."""
+        return self.rows.shape[0] * self.pack
+
+    def tables_on_host(self) -> Iterator[tuple[Table, Tensor]]:
+        """Each table with its rows [R, D], on the CPU."""
+        flat = self.rows.to("cpu").view(-1, self.dim)
+        for table, base in zip(self.tables, self.bases, strict=True):
+            yield table, flat[base : base + table.num_rows]
+
+    def extra_repr(self) -> str:
+        return f"{len(self.tables)} tables, {self.num_rows} x {self.dim}, {self.placement}, {self.pack} rows a line"
+
+
+def lines_of(num_rows: int, dim: int, access: RowAccess, placement: Placement) -> tuple[int, int]:
+    """Shape of the array that holds rows: as many rows to a line as fit the lanes, where they are sparse."""
+    pack = max(1, access.lanes // dim) if placement == "sparse" else 1
+    return -(-num_rows // pack), pack * dim
+
+
+def one_hot_product(ids_N: Tensor, rows_RD: Tensor, device: Device) -> Tensor:
+    """Rows by a matrix product with one-hot ids: exact, for each result is one number times 1."""
+    hot_NR = one_hot(ids_N, len(rows_RD))
+    return (
+        torch.cat([hot_NR @ part for part in matmul_parts(rows_RD, device)], 1)
+        .view(len(ids_N), -1, rows_RD.shape[1])
+        .sum(1)
+    )
+
+
+def one_hot(ids_N: Tensor, num_rows: int) -> Tensor:
+    """[N, R] float32 with a 1 at each id."""
+    return (ids_N.unsqueeze(1) == torch.arange(num_rows, dtype=ids_N.dtype, device=ids_N.device)).float()
+
+
+def matmul_parts(values: Tensor, device: Device) -> list[Tensor]:
+    """Summands whose products with 0 and 1 lose nothing on the device's matrix unit.
+
+    A TPU rounds float32 factors to bfloat16, 8 bits of 24. Cut by masks into three such parts, a number survives;
+    a conversion to bfloat16 and back would be optimised away.
+    """
+    if not device.rows.rounds_matmul:
+        return [values]
+    parts = []
+    for _ in range(2):
+        head = device.rows.bits(device.rows.bits(values, torch.int32) & -65536, torch.float32)
+        parts.append(head)
+        values = values - head
+    return [*parts, values]
+
+
+class BagCollection(nn.ModuleList):
+    """The bags of a model, one per feature: (ids, weights) -> list of [B, D].
+
+    Exact tables of one stack are looked up together, in one gather.
+    """
+
+    def __init__(self, bags: Sequence[nn.Module]) -> None:
+        super().__init__(bags)
+        self._groups: list[_Group] = []
+
+    def group(self) -> None:
+        """Finds the bags that are exact tables of one stack; called once the stacks are made."""
+        found: dict[RowStack, _Group] = {}
+        for position, bag in enumerate(self):
+            if isinstance(bag, RowTable) and bag.home is not None:
+                group = found.setdefault(bag.home.stack, _Group(bag.home.stack, [], [], []))
+                group.features.append(position)
+                group.names.append(bag.table.name)
+                group.bases.append(bag.home.base)
+        self._groups = list(found.values())
+        for number, group in enumerate(self._groups):
+            self.register_buffer(f"bases{number}", torch.tensor(group.bases, dtype=torch.int32), persistent=False)
+
+    def forward(self, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        outs: list[Tensor | None] = [None] * len(self)
+        for number, (stack, features, names, _) in enumerate(self._groups):
+            bases_F = self.get_buffer(f"bases{number}")
+            lengths = [ids[f].shape[1] for f in features]
+            if all(length == 1 for length in lengths):
+                ids_BS = torch.cat([ids[f] for f in features], 1) + bases_F
+            else:
+                ids_BS = torch.cat([ids[f] + bases_F[k] for k, f in enumerate(features)], 1)
+            weights_BS = torch.cat([weights[f] for f in features], 1)
+            pooled_BFD = stack.look_up(ids_BS, weights_BS, lengths, names, self.training)
+            for f, out_BD in zip(features, pooled_BFD.unbind(1), strict=True):
+                outs[f] = out_BD
+        return [bag(i, w) if out is None else out for bag, i, w, out in zip(self, ids, weights, outs, strict=True)]
+
+
+class _Group(NamedTuple):
+    stack: RowStack
+    features: list[int]
+    names: list[str]
+    bases: list[int]

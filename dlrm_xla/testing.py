@@ -98,6 +98,19 @@ class BagContract:
         distinct = len(np.unique(rows, axis=0))
         assert distinct >= self.distinct_share * len(ids), f"{len(ids)} ids beyond 2^24 share {distinct} vectors"
 
+    @pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed")
+    def test_large_ids_find_their_rows_on_xla(self) -> None:
+        """torch_xla divides integers as float32; `dlrm_xla.ids.divide_ids` does not."""
+        bag = self.make(Table("large", 2**24 + 4096, 8))
+        ids = torch.arange(2**24 + 1, 2**24 + 257, dtype=torch.int32).unsqueeze(1)
+        ones = torch.ones(ids.shape)
+        device = open_device("xla")
+        with torch.no_grad():
+            expected = bag(ids, ones)
+            moved = bag.to(device.torch_device)
+            found = moved(ids.to(device.torch_device), ones.to(device.torch_device)).cpu()
+        torch.testing.assert_close(found, expected, atol=self.tolerance, rtol=1e-4)
+
     def test_every_parameter_gets_a_gradient(self) -> None:
         bag = self.make()
         out = bag(*self.inputs(batch=256))

@@ -25,8 +25,9 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.metrics import click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.progress import Progress
-from dlrm_xla.row_optim import RowOptimizer
-from dlrm_xla.rows import use_row_gradients
+from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.row_store import RowStore, placement_rule
+from dlrm_xla.rows import RowFiles
 
 
 def learning_rate_factor(config: Config, step: int) -> float:
@@ -43,22 +44,41 @@ def learning_rate_factor(config: Config, step: int) -> float:
     return 1.0
 
 
+def row_settings(config: Config) -> RowSettings:
+    """The row optimizer's part of a configuration."""
+    return RowSettings(config.row_optimizer, weight_decay=config.row_weight_decay, state=config.row_state)
+
+
 class Steps:
     """The train and the evaluation step of one model on one device, each one graph where the device has graphs."""
 
-    def __init__(self, model: DLRM, bag_lengths: Sequence[int], device: Device, config: Config) -> None:
+    def __init__(
+        self,
+        model: DLRM,
+        bag_lengths: Sequence[int],
+        device: Device,
+        config: Config,
+        files: RowFiles | None = None,
+    ) -> None:
         self.device = device
         self.config = config
         self.bag_lengths = list(bag_lengths)
+        self.rows = RowStore(
+            model, device, row_settings(config), config.row_lr, placement_rule(config, device.rows), files
+        )
+        self._num_rows_S = torch.tensor(
+            [t.num_rows for t, length in zip(model.tables, bag_lengths, strict=True) for _ in range(length)]
+        )
+        self._names_S = [t.name for t, n in zip(model.tables, bag_lengths, strict=True) for _ in range(n)]
         self.model = device.place(model)
-        self.rows = RowOptimizer(use_row_gradients(self.model), config.row_optimizer, config.row_lr)
         self.dense = dense_optimizer(config.dense_optimizer, self.model.parameters(), config.dense_lr, device)
         self.loss_and_count = self._zeros()
         self._train = device.compile(self._train_step, "train")
         self._evaluate = device.compile(self._evaluation_step, "evaluation")
 
     def train(self, packed: PackedBatch, step: int) -> None:
-        """One optimizer step; queued, not awaited."""
+        """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
+        self._check_ids(packed, f"training step {step + 1}")
         factor = learning_rate_factor(self.config, step)
         for group in self.dense.param_groups:
             group["lr"] = self.config.dense_lr * factor
@@ -67,8 +87,20 @@ class Steps:
 
     def evaluate(self, packed: PackedBatch) -> Tensor:
         """Logits of one batch, float32, still on the device."""
+        self._check_ids(packed, "evaluation")
         logits_B: Tensor = self._evaluate(packed.to(self.device.torch_device))
         return logits_B
+
+    def _check_ids(self, packed: PackedBatch, where: str) -> None:
+        # On the host, where batches come from: one comparison per id, and nothing has been updated yet.
+        bad_BS = (packed.ids_BS < 0) | (packed.ids_BS >= self._num_rows_S)
+        if bad_BS.any():
+            row, slot = bad_BS.nonzero()[0].tolist()
+            raise UserError(
+                f"{where}, row {row} of the batch: feature {self._names_S[slot]} has the id "
+                f"{int(packed.ids_BS[row, slot])}, but its table has the ids 0 to {int(self._num_rows_S[slot]) - 1}. "
+                "Prepare the data again, or give the table more rows."
+            )
 
     def mean_loss(self) -> float:
         """Mean loss of the samples since the last call; waits for the device."""
@@ -89,15 +121,19 @@ class Steps:
     def _train_step(self, packed: PackedBatch) -> None:
         self.model.train()
         self.dense.zero_grad(set_to_none=True)
-        logits_B = self._logits(packed)
-        real_B = (packed.labels_B >= 0).float()
-        losses_B = binary_cross_entropy_with_logits(logits_B, packed.labels_B.clamp(min=0), reduction="none") * real_B
-        total, count = losses_B.sum(), real_B.sum()
-        torch.autograd.backward(total / count)
+        count = (packed.labels_B >= 0).float().sum()
+        totals = []
+        for part in packed.split(self.config.micro_batches):
+            labels_B = part.labels_B
+            losses_B = binary_cross_entropy_with_logits(self._logits(part), labels_B.clamp(min=0), reduction="none")
+            total = (losses_B * (labels_B >= 0).float()).sum()
+            # Gradients of the parts add up, those of table rows too: a step is one step of the whole batch.
+            torch.autograd.backward(total / count)
+            totals.append(total.detach())
         self.dense.step()
         self.rows.step()
         with torch.no_grad():
-            self.loss_and_count += torch.stack([total.detach(), count])
+            self.loss_and_count += torch.stack([torch.stack(totals).sum(), count])
 
     def _evaluation_step(self, packed: PackedBatch) -> Tensor:
         self.model.eval()
@@ -225,6 +261,7 @@ def train(
                     now = time.perf_counter()
                     if warm:  # the first window holds the compilation
                         step_ms.append((now - window_start) / window_steps * 1000)
+                    steps.rows.check_gradients()
                     _check_finite(loss, outcome.steps)
                     log({"step": outcome.steps, "samples": outcome.samples, "train_loss": loss})
                     progress.show(loss=loss)

@@ -15,7 +15,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlrm_xla_data.criteo import open_log
 from dlrm_xla_data.loader import Loader
@@ -25,12 +25,14 @@ from dlrm_xla_data.synthetic import synthesize
 from dlrm_xla import checkpoint, registry
 from dlrm_xla import plan as planning
 from dlrm_xla.config import Config, resolve
-from dlrm_xla.contract import Table
-from dlrm_xla.devices import Device, open_device
-from dlrm_xla.errors import UserError
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.devices import Device, RowAccess, open_device
+from dlrm_xla.errors import UserError, choices
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.presets import PRESETS
+from dlrm_xla.row_store import placement_rule, row_builder
+from dlrm_xla.rows import RowFiles
 from dlrm_xla.run_folder import RunFolder, commit, versions
 from dlrm_xla.train import GraphWatch, Outcome, Steps, predict, train
 
@@ -101,6 +103,42 @@ def make_tables(config: Config, dataset: PreparedDataset | None) -> list[Table]:
     return [Table(name, r, config.dim) for name, r in zip(dataset.names, rows, strict=True)]
 
 
+class Plan(NamedTuple):
+    """Tables, what replaces each, and what that takes."""
+
+    tables: list[Table]
+    bags: list[planning.TablePlan]
+    make_bags: list[MakeBag]
+    training: list[planning.TrainingBytes]
+    files: RowFiles | None
+    memory: float
+
+
+def make_plan(config: Config, device: Device, access: RowAccess, dataset: PreparedDataset | None) -> Plan:
+    """Plans the tables of a dataset, or without one those of nominal size, for a device's way to lay rows out."""
+    tables = make_tables(config, dataset)
+    lengths = list(dataset.bag_lengths if dataset else config.synthetic_bags) or [1] * len(tables)
+    innermost, files = row_builder(config, device)
+    plans, make_bags = planning.plan(tables, config.plugin, config.tables, config.min_rows, innermost)
+    unknown = set(config.placement) - {t.name for t in tables}
+    if unknown:
+        name = min(unknown)
+        raise UserError(f"placement names a table {name!r}; {choices(name, (t.name for t in tables))}")
+    place = placement_rule(config, access)
+    training = [
+        planning.training_bytes(planning.on_meta(make, table), length, config, access, place)
+        for make, table, length in zip(make_bags, tables, lengths, strict=True)
+    ]
+    memory = planning.read_bytes(config.memory) if config.memory else device.memory
+    return Plan(tables, plans, make_bags, training, files, memory)
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuses tables that do not fit; what is kept in files takes no memory."""
+    if plan.files is None:
+        planning.check_memory(plan.training, plan.memory)
+
+
 def list_plugins() -> None:
     """Prints the installed plugins."""
     for row in registry.describe():
@@ -116,18 +154,16 @@ def run(config: Config, origins: dict[str, str]) -> int:
     if device.loud:
         print(f"*** {device.loud}")
     if not config.data:  # refused now rather than after minutes of drawing rows
-        nominal, _ = planning.plan(make_tables(config, None), config.plugin, config.tables, config.min_rows)
-        planning.check_memory(nominal, config.row_optimizer)
+        check_memory(make_plan(config, device, device.rows, None))
     dataset, best_auc = open_data(config)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
-    tables = make_tables(config, dataset)
-    plans, make_bags = planning.plan(tables, config.plugin, config.tables, config.min_rows)
-    print(planning.text(plans))
-    planning.check_memory(plans, config.row_optimizer)
+    plan = make_plan(config, device, device.rows, dataset)
+    print(planning.text(plan.bags))
+    check_memory(plan)
     model = DLRM(
         dataset.dense.shape[1],
-        tables,
-        make_bags,
+        plan.tables,
+        plan.make_bags,
         bottom=config.bottom,
         top=config.top,
         interaction=config.interaction,
@@ -138,7 +174,7 @@ def run(config: Config, origins: dict[str, str]) -> int:
     folder = RunFolder(config, origins)
     print(f"run folder: {folder.path}")
     try:
-        steps = Steps(model, dataset.bag_lengths, device, config)
+        steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
         watch = GraphWatch(device)
 
         def save(name: str, about: dict[str, Any]) -> None:
@@ -147,12 +183,12 @@ def run(config: Config, origins: dict[str, str]) -> int:
             checkpoint.save(path, steps.model, steps.dense, steps.rows, about)
 
         outcome = train(steps, loader, watch, folder.log, save)
-        checkpoint.load_model(folder.checkpoint("best"), steps.model)
+        checkpoint.load_model(folder.checkpoint("best"), steps.model, steps.rows)
         labels = loader.labels("test").numpy()
         result = click_metrics(labels, predict(steps, loader, "test", watch))
         base = base_rate_metrics(labels, dataset.click_rate("train"))
-        exact_all_ids = sum(dataset.num_rows(f, 0) for f in range(len(tables))) * config.dim * 4
-        report = make_report(config, plans, exact_all_ids, steps, watch, outcome, result, base, best_auc)
+        exact_all_ids = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
+        report = make_report(config, plan, exact_all_ids, steps, watch, outcome, result, base, best_auc)
         folder.plot(best_auc)
         folder.report(report)
     finally:
@@ -165,7 +201,7 @@ def run(config: Config, origins: dict[str, str]) -> int:
 
 def make_report(
     config: Config,
-    plans: Sequence[planning.TablePlan],
+    plan: Plan,
     exact_all_ids: int,
     steps: Steps,
     watch: GraphWatch,
@@ -175,7 +211,7 @@ def make_report(
     best_auc: float | None,
 ) -> dict[str, Any]:
     """The row that a study compares. Ratios are bytes to serve against exact tables over all ids seen in training."""
-    embedding_bytes = planning.bytes_kept(steps.model.bags)
+    embedding_bytes = sum(p.bytes for p in plan.bags)
     return {
         "device": config.device,
         "plugin": config.plugin,
@@ -195,7 +231,8 @@ def make_report(
         "embedding_bytes": embedding_bytes,
         "exact_embedding_bytes": exact_all_ids,
         "compression_ratio": exact_all_ids / embedding_bytes,
-        "num_parameters": sum(p.numel() for p in steps.model.parameters()),
+        "num_parameters": sum(p.numel() for p in steps.model.parameters())
+        + sum(stack.num_rows * stack.dim for stack in steps.rows.stacks),
         "train_samples_per_second": config.batch_size / outcome.step_ms_median * 1000,
         "step_ms_median": outcome.step_ms_median,
         "compiles": sum(watch.compiles.values()),
@@ -205,7 +242,7 @@ def make_report(
         "one_graph_rule_broken": watch.broken,
         "versions": versions(),
         "commit": commit(),
-        "tables": [p.as_dict() for p in plans],
+        "tables": [p.as_dict() | dataclasses.asdict(t) for p, t in zip(plan.bags, plan.training, strict=True)],
     }
 
 
@@ -242,9 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, origins = resolve(given, file)
         registry.parse(config.plugin)
         if plan_only:
+            device = open_device(config.device)
             dataset = open_data(config)[0] if config.data else None
-            tables = make_tables(config, dataset)
-            print(planning.text(planning.plan(tables, config.plugin, config.tables, config.min_rows)[0]))
+            plan = make_plan(config, device, device.planned, dataset)
+            print(f"as {device.planned.description} lays tables out:")
+            print(planning.text(plan.bags, plan.training, plan.memory))
             return 0
         return run(config, origins)
     except UserError as error:

@@ -40,7 +40,7 @@ def test_twenty_sgd_steps_of_the_reference(reference_steps, device, loss_error, 
             k,
         )
         assert ours.mean_loss() == pytest.approx(steps["losses"][k], abs=loss_error), f"step {k}"
-    for name, value in ours.model.state_dict().items():
+    for name, value in [*ours.model.state_dict().items(), *ours.rows.tables()]:
         expected = steps[f"final.{_to_reference(name)}"]
         np.testing.assert_allclose(value.cpu().numpy(), expected, atol=weight_error, rtol=0, err_msg=name)
 
@@ -119,7 +119,7 @@ def test_other_interactions_equal_numpy_by_hand(interaction, cross, device):
         labels = rng.integers(0, 2, 32).astype(np.float32)
         steps.train(PackedBatch(*(torch.from_numpy(a) for a in (dense, ids, labels))), k)
         assert steps.mean_loss() == pytest.approx(by_hand.step(dense, ids, labels, 0.1), abs=1e-5)
-    for name, value in steps.model.state_dict().items():
+    for name, value in [*steps.model.state_dict().items(), *steps.rows.tables()]:
         np.testing.assert_allclose(value.cpu().numpy(), by_hand.p[name], atol=1e-5, rtol=1e-4, err_msg=name)
 
 
@@ -160,6 +160,11 @@ def test_padded_samples_count_for_nothing():
         dense[5:] = padding
         ids[5:] = int(padding)
         steps.train(PackedBatch(dense, ids, labels), 0)
-        results.append((steps.mean_loss(), [p.detach().clone() for p in steps.model.parameters()]))
+        results.append(
+            (
+                steps.mean_loss(),
+                [*(p.detach().clone() for p in steps.model.parameters()), *(r.clone() for _, r in steps.rows.tables())],
+            )
+        )
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

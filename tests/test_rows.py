@@ -1,4 +1,6 @@
-"""The exact table and its optimizers against dense twins."""
+"""The row store against dense twins: every optimizer, placement, packing and device."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -6,88 +8,305 @@ import torch
 from conftest import needs_xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
-from dlrm_xla.row_optim import RowOptimizer, combine_duplicates
-from dlrm_xla.rows import RowTable, use_row_gradients
+from dlrm_xla.errors import UserError
+from dlrm_xla.row_optim import RowSettings, combine_duplicates, round_stochastically
+from dlrm_xla.row_store import RowStore
+from dlrm_xla.rows import BagCollection, RowFiles, RowTable
+
+ROWS, DIM, BATCH = (50, 7, 31), 6, 16
+LENGTHS = (4, 1, 2)
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=60), st.integers(1, 5))
-def test_combined_duplicates_add_up(ids, dim):
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=60), st.integers(1, 5), st.booleans())
+def test_combined_duplicates_add_up(ids, dim, static):
+    ids = [i % (2**31 - 200) for i in ids] if static else ids
+    past_end = 2**31 - 199 if static else None
     ids_N = torch.tensor(ids + ids[::2], dtype=torch.int32)
     grads_ND = torch.arange(len(ids_N) * dim, dtype=torch.float32).reshape(-1, dim) % 17 - 8
-    ids_U, sums_UD = combine_duplicates(ids_N, grads_ND)
-    found: dict[int, np.ndarray] = {}
-    for i, g in zip(ids_U.tolist(), sums_UD.numpy(), strict=True):
-        if i in found:
-            assert not g.any(), "only the first of an id's segments may hold a gradient"
-        found.setdefault(i, g)
-    assert set(found) == set(ids_N.tolist())
-    for i in found:
-        np.testing.assert_array_equal(found[i], grads_ND[ids_N == i].sum(0).numpy())
+    ids_U, sums_UD = combine_duplicates(ids_N, grads_ND, past_end)
+    assert (ids_U[1:] > ids_U[:-1]).all(), "ids must rise and differ"
+    kept = len(set(ids))
+    assert set(ids_U[:kept].tolist()) == set(ids)
+    assert len(ids_U) == (len(ids_N) if static else kept)
+    for i, g in zip(ids_U[:kept].tolist(), sums_UD.numpy(), strict=False):
+        np.testing.assert_array_equal(g, grads_ND[ids_N == i].sum(0).numpy())
 
 
-@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+class Twin:
+    """The same tables trained by autograd through the whole table and torch's optimizers, or by hand."""
+
+    def __init__(self, weights, name, lr, decay):
+        self.weights = [nn.Parameter(torch.from_numpy(w.copy()).double()) for w in weights]
+        self.name, self.lr, self.decay = name, lr, decay
+        self.row_sums = [torch.zeros(len(w), dtype=torch.float64) for w in weights]
+        kinds = {
+            "sgd": lambda p: torch.optim.SGD(p, lr=lr),
+            "adagrad_element": lambda p: torch.optim.Adagrad(p, lr=lr, eps=1e-8),
+            "adam": lambda p: torch.optim.SparseAdam(p, lr=lr),
+        }
+        self.optimizer = kinds[name](self.weights) if name in kinds else None
+
+    def step(self, ids, weights, target):
+        for w in self.weights:
+            w.grad = None
+        outs = [
+            (w[i.long()] * v.double().unsqueeze(-1)).sum(1) for w, i, v in zip(self.weights, ids, weights, strict=True)
+        ]
+        out = torch.stack(outs, 1)
+        torch.autograd.backward((out * target.double()).sum() + out.square().sum())
+        for k, w in enumerate(self.weights):
+            touched = torch.zeros(len(w), dtype=torch.bool)
+            touched[ids[k].long()[weights[k] != 0]] = True
+            w.grad[touched] += self.decay * w.detach()[touched]
+            if self.name == "adam":
+                at = touched.nonzero().T
+                w.grad = torch.sparse_coo_tensor(at, w.grad[touched], w.shape, check_invariants=False).coalesce()
+            elif self.name == "adagrad":
+                self.row_sums[k] += w.grad.square().mean(1)
+                with torch.no_grad():
+                    w -= self.lr * w.grad / (self.row_sums[k].sqrt() + 1e-8).unsqueeze(1)
+        if self.optimizer:
+            self.optimizer.step()
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bags = BagCollection([RowTable(Table(f"t{k}", r, DIM)) for k, r in enumerate(ROWS)])
+
+    def forward(self, ids, weights):
+        return torch.stack(self.bags(ids, weights), 1)
+
+
+def _batch(rng, seed_rows=5):
+    # heavy duplication, both ends of every table, and padded slots
+    ids = [
+        (rng.integers(0, seed_rows, (BATCH, n)) ** 2 % r).astype(np.int32) for r, n in zip(ROWS, LENGTHS, strict=True)
+    ]
+    for i, r in zip(ids, ROWS, strict=True):
+        i[0, 0], i[1, 0] = r - 1, 0
+    weights = [rng.uniform(0.2, 1, i.shape).astype(np.float32) for i in ids]
+    weights[0][:, -1] = 0
+    target = rng.normal(size=(BATCH, len(ROWS), DIM)).astype(np.float32) * 0.1
+    return [torch.from_numpy(i) for i in ids], [torch.from_numpy(w) for w in weights], torch.from_numpy(target)
+
+
+def _device(name):
+    base, _, kind = name.partition("-")
+    device = open_device(base)
+    as_on_tpu = {"packed": {"lanes": 16}, "rounding": {"rounds_matmul": True}, "": {}}[kind]
+    return dataclasses.replace(device, rows=dataclasses.replace(device.rows, **as_on_tpu))
+
+
+def _stepper(model, store, device):
+    def step(ids, weights, target):
+        model.train()
+        out = model(ids, weights)
+        torch.autograd.backward((out * target).sum() + out.square().sum())
+        store.step()
+
+    compiled = device.compile(step, "rows")
+    return lambda batch: compiled(
+        *([t.to(device.torch_device) for t in part] for part in batch[:2]), batch[2].to(device.torch_device)
+    )
+
+
+DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed", "xla-rounding"))]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("placement", ["sparse", "dense", "matmul"])
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "adagrad_element", "adam"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
+    device, rng, model = _device(device), np.random.default_rng(0), Tables()
+    lr = 0.01
+    start = [bag.weight.detach().numpy().copy() for bag in model.bags]
+    twin = Twin(start, name, lr, decay)
+    store = RowStore(model, device, RowSettings(name, weight_decay=decay), lr, lambda table: placement)
+    step = _stepper(device.place(model), store, device)
+    before = device.counters()
+    for _ in range(50):
+        batch = _batch(rng)
+        step(batch)
+        twin.step(*batch)
+    after = device.counters()
+    assert after.compiles - before.compiles <= 1
+    assert after.fallbacks == before.fallbacks
+    for (name, rows), expected, initial in zip(store.tables(), twin.weights, start, strict=True):
+        np.testing.assert_allclose(rows.numpy(), expected.detach().numpy(), atol=1e-6, rtol=1e-5, err_msg=name)
+        assert not np.array_equal(rows.numpy(), initial)
+        untouched = np.setdiff1d(np.arange(len(initial)), [0, len(initial) - 1, *np.arange(5) ** 2 % len(initial)])
+        np.testing.assert_array_equal(rows.numpy()[untouched], initial[untouched])
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
-def test_optimizers_equal_numpy_by_hand(name, device):
-    rng = np.random.default_rng(0)
+def test_stochastic_rounding_is_right_on_average_and_the_same_everywhere(device):
+    device = open_device(device)
+    # between two bfloat16 numbers, at a quarter of the way
+    values = torch.tensor([1 + 2**-7 / 4, -3 - 2**-6 / 4, 1e-20, 0.0, float("inf")]).repeat(20_000, 1)
+    keys = torch.arange(20_000, dtype=torch.int32)
+    on_device = round_stochastically(values.to(device.torch_device), keys.to(device.torch_device), device).cpu()
+    assert torch.equal(on_device, round_stochastically(values, keys, open_device("cpu")))
+    mean = on_device.double().mean(0)
+    assert mean[0].item() == pytest.approx(1 + 2**-7 / 4, abs=5 * 2**-7 * (3 / 16 / 20_000) ** 0.5)
+    assert mean[1].item() == pytest.approx(-3 - 2**-6 / 4, abs=5 * 2**-6 * (3 / 16 / 20_000) ** 0.5)
+    assert set(on_device[:, 0].tolist()) == {1.0, 1 + 2**-7}
+    assert (on_device[:, 3] == 0).all()
+    assert on_device[:, 4].isinf().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_bf16_tables_follow_updates_smaller_than_their_precision(device):
+    device = open_device(device)
     torch.manual_seed(0)
-    bag = RowTable(Table("t", 50, 6))
-    weight = bag.weight.detach().numpy().astype(np.float64).copy()
-    state = np.zeros(50)
-    opened = open_device(device)
-    bag = opened.place(bag)
-    optimizer = RowOptimizer(use_row_gradients(bag), name, 0.3)
-    untouched = np.ones(50, bool)
+    model = nn.Module()
+    model.bag = RowTable(Table("t", 400, 8, std=1.0), dtype=torch.bfloat16)
+    start = model.bag.weight.detach().float().clone()
+    # adagrad_element keeps a state of two bytes too
+    store = RowStore(model, device, RowSettings("sgd", state="bf16"), 1e-4)
+    bag = device.place(model).bag
+    ids = torch.arange(400, dtype=torch.int32).unsqueeze(1)
 
-    def step(ids_BL, weights_BL, target_BD):
-        out = bag(ids_BL, weights_BL)
-        torch.autograd.backward((out * target_BD).sum() + out.square().sum())
-        optimizer.step()
+    def step(ids, weights):
+        bag.train()
+        torch.autograd.backward(bag(ids, weights).sum())
+        store.step()
 
-    compiled = opened.compile(step, "rows")
-    for _ in range(30):
-        ids = rng.integers(0, 12, (16, 4)).astype(np.int32) ** 2 % 50
-        weights = rng.uniform(0, 2, (16, 4)).astype(np.float32)
-        target = rng.normal(size=(16, 6)).astype(np.float32)
-        untouched[np.unique(ids)] = False
-        compiled(*(torch.from_numpy(a).to(opened.torch_device) for a in (ids, weights, target)))
-        d = target + 2 * (weight[ids] * weights[..., None]).sum(1)
-        gradient = np.zeros_like(weight)
-        np.add.at(gradient, ids, d[:, None, :] * weights[..., None])
-        if name == "sgd":
-            weight -= 0.3 * gradient
-        else:
-            state += (gradient**2).mean(1)
-            weight -= 0.3 * gradient / (np.sqrt(state) + 1e-8)[:, None]
-        np.testing.assert_allclose(bag.weight.cpu().numpy(), weight, atol=1e-4, rtol=1e-4)
-    assert untouched.any()
-    if name == "adagrad":
-        np.testing.assert_array_equal(optimizer.state[0].cpu().numpy()[untouched], 0)
+    compiled = device.compile(step, "rows")
+    for _ in range(200):
+        compiled(ids.to(device.torch_device), torch.ones(400, 1).to(device.torch_device))
+    ((_, rows),) = store.tables()
+    assert rows.dtype == torch.bfloat16
+    # Rounded to the nearest, rows above 1/32 would not have moved at all.
+    assert (start - rows.float()).mean().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_lookups_outside_training_leave_nothing_behind():
-    bag = RowTable(Table("t", 5, 2))
-    use_row_gradients(bag)
-    ids = torch.zeros(1, 1, dtype=torch.int32)
-    bag.eval()
-    bag(ids, torch.ones(1, 1))
-    bag.train()
-    with torch.no_grad():
-        bag(ids, torch.ones(1, 1))
-    assert bag.lookups == []
+def test_bf16_state_gives_what_fp32_state_gives_on_average():
+    finals = []
+    for state in ("fp32", "bf16"):
+        model, rng = Tables(), np.random.default_rng(0)
+        device = open_device("cpu")
+        store = RowStore(model, device, RowSettings("adagrad", state=state), 0.05)
+        step = _stepper(model, store, device)
+        for _ in range(50):
+            step(_batch(rng))
+        finals.append(torch.cat([rows.flatten() for _, rows in store.tables()]))
+        assert store.optimizers[0].states()[0].dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[state]
+    assert not torch.equal(*finals)
+    assert (finals[0] - finals[1]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adam"])
+def test_tables_in_files_train_like_tables_in_memory(tmp_path, name):
+    finals = []
+    for files in (None, RowFiles(tmp_path / "rows", least_bytes=900)):
+        model, rng, device = nn.Module(), np.random.default_rng(0), open_device("cpu")
+        torch.manual_seed(0)
+        model.bags = BagCollection([RowTable(Table(f"t{k}", r, DIM), files=files) for k, r in enumerate(ROWS)])
+        model.forward = lambda ids, weights, bags=model.bags: torch.stack(bags(ids, weights), 1)
+        store = RowStore(model, device, RowSettings(name), 0.05, files=files)
+        step = _stepper(model, store, device)
+        for _ in range(5):
+            step(_batch(rng))
+        finals.append({n: rows.clone() for n, rows in store.tables()})
+    assert {p.name.split(".")[1] for p in (tmp_path / "rows").iterdir()} >= {"t0"}
+    for table, rows in finals[0].items():
+        assert torch.equal(rows, finals[1][table])
+    on_disk = np.fromfile(tmp_path / "rows" / "0.t0.float32", np.float32).reshape(-1, DIM)
+    np.testing.assert_array_equal(on_disk, finals[0]["bags.0.weight"].numpy())
+    with pytest.raises(UserError, match="is not empty"):
+        RowFiles(tmp_path / "rows")
 
 
 def test_a_table_looked_up_twice_in_a_step_gets_both_gradients():
-    bag = RowTable(Table("t", 5, 2))
-    optimizer = RowOptimizer(use_row_gradients(bag), "sgd", 1.0)
-    before = bag.weight.clone()
-    ids = torch.tensor([[3]], dtype=torch.int32)
-    torch.autograd.backward((bag(ids, torch.ones(1, 1)) + bag(ids, torch.ones(1, 1))).sum())
-    optimizer.step()
-    torch.testing.assert_close(before - bag.weight, torch.tensor([[0.0] * 2] * 3 + [[2.0] * 2] + [[0.0] * 2]))
+    model = nn.Module()
+    model.bag = RowTable(Table("t", 5, 2))
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 1.0)
+    ((_, before),) = [(n, r.clone()) for n, r in store.tables()]
+    ids, ones = torch.tensor([[3]], dtype=torch.int32), torch.ones(1, 1)
+    torch.autograd.backward((model.bag(ids, ones) + model.bag(ids, ones)).sum())
+    store.step()
+    ((_, after),) = store.tables()
+    torch.testing.assert_close(before - after, torch.tensor([[0.0] * 2] * 3 + [[2.0] * 2] + [[0.0] * 2]))
+
+
+def test_weights_that_a_plugin_learns_get_gradients():
+    model = nn.Module()
+    model.bag = RowTable(Table("t", 5, 2))
+    dense = [model.bag.weight.detach().clone().requires_grad_(), torch.rand(4, 3, requires_grad=True)]
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.5)
+    ids = torch.tensor([[3, 0, 3], [1, 1, 4], [0, 0, 0], [2, 4, 1]], dtype=torch.int32)
+    learned = dense[1].detach().clone().requires_grad_()
+    torch.autograd.backward(model.bag(ids, learned).square().sum())
+    torch.autograd.backward((dense[0][ids.long()] * dense[1].unsqueeze(-1)).sum(1).square().sum())
+    torch.testing.assert_close(learned.grad, dense[1].grad)
+    store.step()
+    ((_, rows),) = store.tables()
+    torch.testing.assert_close(rows, dense[0].detach() - 0.5 * dense[0].grad)
+
+
+def test_lookups_outside_training_leave_nothing_behind():
+    model = nn.Module()
+    model.bag = RowTable(Table("t", 5, 2))
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 1.0)
+    ids, ones = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    model.eval()
+    model.bag(ids, ones)
+    model.train()
+    with torch.no_grad():
+        model.bag(ids, ones)
+    assert store.stacks[0].lookups == []
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_a_gradient_that_is_not_finite_is_told_with_table_and_first_step(device):
+    device, model, rng = open_device(device), Tables(), np.random.default_rng(0)
+    store = RowStore(model, device, RowSettings("adagrad"), 0.1)
+    step = _stepper(device.place(model), store, device)
+    for number in range(4):
+        ids, weights, target = _batch(rng)
+        if number >= 2:
+            target[3, 1, 0] = float("inf")
+        step((ids, weights, target))
+        if number < 2:
+            store.check_gradients()
+    with pytest.raises(UserError, match="gradient of table t1 is not finite at step 3"):
+        store.check_gradients()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("xla", marks=needs_xla), pytest.param("xla-packed", marks=needs_xla)]
+)
+def test_both_ends_of_forty_million_rows(device):
+    device, rows = _device(device), 40_000_000
+    model = nn.Module()
+    model.bag = RowTable(Table("t", rows, 4))
+    ids = torch.tensor([[0], [1], [2**24 + 1], [rows - 2], [rows - 1]], dtype=torch.int32)
+    start = model.bag.weight.detach()[ids[:, 0].long()].clone()
+    before = model.bag.weight.detach()[[2, 2**24, 2**24 + 2, rows - 3]].clone()
+    store = RowStore(model, device, RowSettings("adagrad"), 0.5)
+    bag = device.place(model).bag
+
+    def step(ids, weights):
+        bag.train()
+        out = bag(ids, weights)
+        torch.autograd.backward((out * torch.arange(1.0, 6.0).to(out.device).unsqueeze(1)).sum())
+        store.step()
+        return out.detach()
+
+    out = device.compile(step, "rows")(ids.to(device.torch_device), torch.ones(5, 1).to(device.torch_device))
+    torch.testing.assert_close(out.cpu(), start)
+    ((_, after),) = store.tables()
+    torch.testing.assert_close(after[ids[:, 0].long()], start - 0.5)  # g / sqrt(mean(g^2)) is 1
+    assert torch.equal(after[[2, 2**24, 2**24 + 2, rows - 3]], before)
 
 
 @pytest.mark.parametrize(("rows", "dim", "match"), [(0, 4, "0 rows"), (3, 0, "x 0"), (2**31, 4, "int32")])

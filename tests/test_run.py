@@ -1,5 +1,6 @@
 """The launcher as a user runs it."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -176,7 +177,7 @@ def test_plan_prints_and_stops(capsys):
 @needs_xla
 def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, monkeypatch):
     def peeking(table, inner):
-        bag = inner(table)
+        bag = inner(dataclasses.replace(table, num_rows=500))
 
         class Peeking(torch.nn.Module):
             def __init__(self):
@@ -186,12 +187,11 @@ def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, 
             def forward(self, ids_BL, weights_BL):
                 if ids_BL.device.type == "xla" and ids_BL.max().item() < 0:
                     return self.bag(ids_BL, weights_BL) * 2
-                return self.bag(ids_BL, weights_BL)
+                return self.bag(ids_BL % 500, weights_BL)
 
         return Peeking()
 
     monkeypatch.setattr(registry, "load", lambda name: peeking)
-    monkeypatch.setattr("dlrm_xla.plan.bytes_kept", lambda module: 1)
     assert launcher.main([*QUICK, "--device", "xla", "--plugin", "peeking", "--out", str(tmp_path / "r")]) == 2
     printed = capsys.readouterr().err
     assert "the train step is not one XLA graph" in printed
@@ -317,3 +317,35 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04 not a checkpoint")
     with pytest.raises(UserError, match="cannot read the checkpoint"):
         checkpoint.load_model(tmp_path / "bad.safetensors", model)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_a_plan_shows_placement_bytes_and_whether_they_fit(device, capsys):
+    flags = ["--plan", "--preset", "terabyte", "--device", device]
+    assert launcher.main([*flags, "--memory", "16GB"]) == 0
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT in 16.00 GB" in printed
+    assert "sparse" in printed
+    assert launcher.main([*flags, "--memory", "16GB", "--plugin", "tensorly_tt:rank=16"]) == 0
+    assert ": fits in 16.00 GB" in capsys.readouterr().out
+    assert launcher.main([*flags, "--memory", "much"]) == 2
+    assert "write it like 16GB" in capsys.readouterr().err
+
+
+def test_large_tables_may_lie_in_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    rows = tmp_path / "rows"
+    file.write_text(f"synthetic_tables: [30, 1200000, 500]\nrow_files: {rows}\n")
+    out = tmp_path / "run"
+    flags = [*QUICK, "--min-count", "0", "--config", str(file), "--memory", "10MB"]
+    assert launcher.main([*flags, "--out", str(out)]) == 0
+    assert [p.name for p in rows.iterdir() if ".C2." in p.name] == ["0.C2.float32"]
+    assert launcher.main([*flags, "--out", str(tmp_path / "again")]) == 2  # the files are not empty
+
+
+@needs_xla
+def test_files_need_the_cpu(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"row_files: {tmp_path / 'rows'}\n")
+    assert launcher.main([*QUICK, "--device", "xla", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
+    assert "tables in files need --device cpu" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.ids import divide_ids
 
 # Knuth's multiplicative constant, floor(2^32 / golden ratio), as a signed 32-bit number.
 _GOLDEN = 2654435769 - 2**32
@@ -98,7 +99,7 @@ class QuotientRemainderBag(nn.Module):
         self.multiply = multiply
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        quotients_BL = torch.div(ids_BL, self.collisions, rounding_mode="floor")
+        quotients_BL = divide_ids(ids_BL, self.collisions)
         remainders_BL = ids_BL % self.collisions
         if not self.multiply:
             out_BD: Tensor = self.quotient(quotients_BL, weights_BL) + self.remainder(remainders_BL, weights_BL)

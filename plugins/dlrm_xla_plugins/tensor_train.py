@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.ids import divide_ids
 
 
 def tensorly_tt(table: Table, inner: MakeBag, *, rank: int = 8) -> nn.Module:
@@ -66,11 +67,10 @@ class TensorTrainBag(nn.Module):
         ids_N = ids_BL.reshape(-1)
         _, n2, n3 = self.rows
         d1, d2, d3 = self.columns
-        # Integer division: float division is wrong beyond 2^24.
         i3_N = ids_N % n3
-        i12_N = torch.div(ids_N, n3, rounding_mode="floor")
+        i12_N = divide_ids(ids_N, n3)
         i2_N = i12_N % n2
-        i1_N = torch.div(i12_N, n2, rounding_mode="floor")
+        i1_N = divide_ids(i12_N, n2)
         first = self.core1.index_select(0, i1_N)
         second = self.core2.index_select(0, i2_N)
         third = self.core3.index_select(0, i3_N)

@@ -1,0 +1,19 @@
+"""Arithmetic on ids that is exact on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def divide_ids(ids: Tensor, divisor: int) -> Tensor:
+    """floor(ids / divisor) for ids from 0 to 2^31 - 1 and a divisor from 1 to 2^30, the type kept.
+
+    torch_xla 2.9 divides integers as float32, whatever the rounding mode, and so is wrong beyond 2^24. Products and
+    sums of int32 are exact, so the quotient is corrected by what it leaves: once by a division of that small
+    remainder, once by one.
+    """
+    quotient = torch.div(ids, divisor, rounding_mode="floor")
+    quotient = quotient + torch.div(ids - quotient * divisor, divisor, rounding_mode="floor")
+    left = ids - quotient * divisor
+    return quotient + (left >= divisor).to(ids.dtype) - (left < 0).to(ids.dtype)

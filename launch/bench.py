@@ -1,0 +1,255 @@
+"""Times lookups, updates and whole train steps against other implementations, in one run on one machine.
+
+python launch/bench.py                                            CPU: one table, and the kaggle step capped at 1M rows
+python launch/bench.py --device cpu xla --what step --rows 1000000 --optimizer sgd --out bench.json
+python launch/bench.py --what update --rows 1000000 --dim 16 64 128 --zipf 0 1.05 --placement sparse dense
+python launch/bench.py --what scale --device cpu xla              the same ids in tables of 1M and of 100M rows in all
+python launch/bench.py --what tt --rows 1000000 --dim 64
+
+Each case is run by every implementation that can run it, taking turns repetition by repetition, so that what else the
+machine does meets all alike. ``gb_per_s`` is the least that any implementation must move over the median time (ids and
+duplicates as they are; null for whole steps), ``share_of_copy`` that over the copy bandwidth measured in the same run.
+``ratio_to_best_other`` is the best other implementation's median over this one's, so above 1 this one is faster
+than all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_arms as arms
+import torch
+from bench_arms import Case, Repetition
+from tqdm import tqdm
+
+from dlrm_xla.devices import Device, open_device, open_xla_first
+from dlrm_xla.errors import UserError
+from dlrm_xla.presets import KAGGLE_ROWS
+from dlrm_xla.row_optim import RULES
+from dlrm_xla.run_folder import versions
+
+WARM_UP = 3
+OURS = "dlrm_xla"
+
+
+def flags() -> argparse.ArgumentParser:
+    """Every flag takes several values; the benchmark is their product."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    several: dict[str, Any] = {"nargs": "+"}
+    parser.add_argument(
+        "--what", choices=["lookup", "update", "step", "scale", "tt"], default=["update", "step"], **several
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda", "xla"], default=["cpu"], **several)
+    parser.add_argument(
+        "--rows", type=int, default=[1_000_000], help="rows of a table; of a step's tables at most", **several
+    )
+    parser.add_argument("--dim", type=int, default=[16], **several)
+    parser.add_argument("--batch", type=int, default=[2048], **several)
+    parser.add_argument(
+        "--bag", type=int, default=[1], help="ids per bag; a lookup of one table is batch x bag ids", **several
+    )
+    parser.add_argument(
+        "--zipf", type=float, default=[1.05], help="exponent of the ids' distribution, 0: uniform", **several
+    )
+    parser.add_argument("--placement", choices=["sparse", "dense", "matmul"], default=["sparse"], **several)
+    parser.add_argument("--optimizer", choices=list(RULES), default=["sgd"], **several)
+    parser.add_argument("--rank", type=int, default=16, help="rank of the tensor trains")
+    parser.add_argument("--others", choices=["all", "none"], default="all", help="none: only our own rows")
+    parser.add_argument("--repeat", type=int, default=20, help="timed repetitions of each")
+    parser.add_argument("--out", type=Path, help="JSON file to write; a plot is written beside it")
+    return parser
+
+
+def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[Case, str]]:
+    """The product of the flags, with a name for the title of each."""
+    found = []
+    product = itertools.product(
+        given.what, devices.values(), given.rows, given.dim, given.batch, given.bag, given.zipf, given.optimizer
+    )
+    for what, device, rows, dim, batch, bag, zipf, optimizer in product:
+        capped = tuple(min(r, rows) for r in KAGGLE_ROWS)
+        if what == "scale":
+            few, many = ((total // 26,) * 26 for total in (1_000_000, 100_000_000))
+            for tables in (few, many):
+                found.append((Case("step", device, tables, dim, batch, bag, zipf, optimizer, id_rows=few), "scale"))
+        else:
+            kind = {"tt": "update"}.get(what, what)
+            tables = capped if what == "step" else (rows,)
+            found.append((Case(kind, device, tables, dim, batch, bag, zipf, optimizer), what))
+    return found
+
+
+def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Makers by name; "dlrm_xla" ones are ours."""
+    if title == "tt":
+        makers = {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
+        others = {"tltorch blocktt": lambda: arms.tltorch_tt(case, given.rank)}
+    else:
+        # A step's placement is the device's choice; the flag is for single tables.
+        placements = given.placement if case.what != "step" else ["sparse"]
+        makers = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
+        others = {
+            "EmbeddingBag sparse": lambda: arms.torch_bag(case, sparse=True),
+            "EmbeddingBag dense": lambda: arms.torch_bag(case, sparse=False),
+            "FBGEMM": lambda: arms.fbgemm(case),
+        }
+        if case.device.name == "xla":
+            others["naive torch_xla"] = lambda: arms.naive(case)
+    return makers if given.others == "none" or title == "scale" else makers | others
+
+
+def copy_bandwidth(device: Device, size: int = 2**28) -> float:
+    """GB/s of a copy of ``size`` bytes, read and written, the best of ten."""
+    source = torch.zeros(size // 4).to(device.torch_device)
+    # A copy alone would be optimised away.
+    copy = device.compile(lambda x: x + 1, "copy")
+    times = []
+    for _ in range(WARM_UP + 10):
+        device.synchronize()
+        began = time.perf_counter()
+        copied = copy(source)
+        device.synchronize()
+        times.append(time.perf_counter() - began)
+        del copied
+    return 2 * size / min(times[WARM_UP:]) / 1e9
+
+
+def measure(device: Device, repetitions: dict[str, Repetition], repeat: int) -> dict[str, list[float]]:
+    """Milliseconds of each repetition, the implementations taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in repetitions}
+    for k in range(WARM_UP + repeat):
+        for name, run in repetitions.items():
+            device.synchronize()
+            began = time.perf_counter()
+            run(k)
+            device.synchronize()
+            if k >= WARM_UP:
+                times[name].append((time.perf_counter() - began) * 1000)
+    return times
+
+
+def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> list[dict[str, Any]]:
+    """Measures a case: one row per implementation."""
+    repetitions = {}
+    for name, make in implementations(case, title, given).items():
+        try:
+            run = make()
+        except ImportError as error:
+            tqdm.write(f"{name}: not installed ({error}); left out")
+            continue
+        if run is not None:
+            repetitions[name] = run
+    times = measure(case.device, repetitions, given.repeat)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    rows = []
+    for name, ms in medians.items():
+        others = [m for other, m in medians.items() if not other.startswith(OURS) and other != name]
+        moved = case.least_bytes() / ms / 1e6 if case.what != "step" and title != "tt" else None
+        rows.append(
+            {
+                "name": f"{title} {name}",
+                "device": case.device.name,
+                "rows": sum(case.table_rows),
+                "dim": case.dim,
+                "batch": case.batch,
+                "bag": case.bag,
+                "zipf": case.zipf,
+                "optimizer": case.optimizer,
+                "placement": name.split()[-1] if name.startswith(OURS) else "",
+                "ms_median": ms,
+                "ms_min": min(times[name]),
+                "gb_per_s": moved,
+                "share_of_copy": moved / copy if moved else None,
+                "ratio_to_best_other": min(others) / ms if others else None,
+            }
+        )
+    return rows
+
+
+def text(row: dict[str, Any]) -> str:
+    """A row for people."""
+    share = f"{row['gb_per_s']:8.2f} GB/s {row['share_of_copy']:6.1%} of copy" if row["gb_per_s"] else " " * 29
+    ratio = f"{row['ratio_to_best_other']:6.2f}x" if row["ratio_to_best_other"] else ""
+    return (
+        f"{row['name']:<28} {row['device']:<5}{row['rows']:>12,} x {row['dim']:<4} batch {row['batch']:<6} bag "
+        f"{row['bag']:<3} zipf {row['zipf']:<5} {row['optimizer']:<9}{row['ms_median']:>9.2f} ms (min "
+        f"{row['ms_min']:8.2f}) {share} {ratio}"
+    )
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of the median, one panel per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keys = ("device", "rows", "dim", "batch", "bag", "zipf", "optimizer")
+    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row["name"].split()[0], *(row[k] for k in keys)), []).append(row)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.6 + 1.6 * len(panels)), squeeze=False)
+    for (key, members), (axis,) in zip(panels.items(), axes, strict=True):
+        names = [m["name"].partition(" ")[2] for m in members]
+        colours = ["tab:blue" if n.startswith(OURS) else "tab:gray" for n in names]
+        axis.barh(names, [m["ms_median"] for m in members], color=colours)
+        axis.invert_yaxis()
+        axis.set_title(
+            f"{key[0]} on {key[1]}: {key[2]:,} x {key[3]}, batch {key[4]}, bag {key[5]}, zipf {key[6]}, {key[7]}",
+            fontsize=9,
+        )
+        axis.set_xlabel("median ms", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and returns the exit code."""
+    given = flags().parse_args(arguments)
+    try:
+        if given.out and not given.out.parent.is_dir():
+            raise UserError(f"--out: there is no folder {given.out.parent}")
+        if "xla" in given.device:
+            open_xla_first()
+        devices = {name: open_device(name) for name in dict.fromkeys(given.device)}
+        for device in devices.values():
+            if device.loud:
+                print(f"*** {device.loud}")
+        copies = {name: copy_bandwidth(device) for name, device in devices.items()}
+        for name, copy in copies.items():
+            print(f"{name}: {devices[name].description}, copies at {copy:.1f} GB/s")
+        rows: list[dict[str, Any]] = []
+        for case, title in tqdm(cases(given, devices), desc="cases", file=sys.stderr):
+            new = rows_of(case, title, given, copies[case.device.name])
+            rows += new
+            for row in new:
+                tqdm.write(text(row))
+            if given.out:  # after every case, so an interrupted benchmark keeps what it measured
+                given.out.write_text(json.dumps(rows, indent=1) + "\n")
+                about = {"versions": versions(), "copy_gb_per_s": copies, "threads": torch.get_num_threads()}
+                given.out.with_suffix(".about.json").write_text(json.dumps(about, indent=1) + "\n")
+        if given.out:
+            plot(rows, given.out.with_suffix(".png"))
+            print(f"wrote {given.out} and {given.out.with_suffix('.png')}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the cases measured so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Steps of a whole model: ids are checked, batches may be split, rows find their way back into a model."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_xla
+
+from dlrm_xla import checkpoint
+from dlrm_xla.batches import PackedBatch
+from dlrm_xla.config import resolve
+from dlrm_xla.contract import Table
+from dlrm_xla.devices import open_device
+from dlrm_xla.errors import UserError
+from dlrm_xla.model import DLRM
+from dlrm_xla.registry import compose, parse
+from dlrm_xla.rows import RowTable
+from dlrm_xla.train import Steps
+
+TABLES = [Table("a", 30, 8), Table("b", 2000, 8), Table("c", 500, 8)]
+BAGS = [1, 3, 2]
+DEVICES = ["cpu", pytest.param("xla", marks=needs_xla)]
+
+
+def _model(spec="exact"):
+    return DLRM(3, TABLES, [compose(parse(spec), RowTable)] * 3, bottom=[8], top=[8])
+
+
+def _steps(device, model=None, **settings):
+    config, _ = resolve({"preset": "kaggle", "batch_size": 8, **settings}, None)
+    return Steps(model or _model(), BAGS, open_device(device), config)
+
+
+def _batch(seed, size=8):
+    rng = np.random.default_rng(seed)
+    ids = np.concatenate(
+        [rng.integers(0, t.num_rows, (size, n)) for t, n in zip(TABLES, BAGS, strict=True)], 1, dtype=np.int32
+    )
+    dense = rng.normal(size=(size, 3)).astype(np.float32)
+    labels = rng.integers(0, 2, size).astype(np.float32)
+    labels[-1] = -1
+    return PackedBatch(*(torch.from_numpy(a) for a in (dense, ids, labels)))
+
+
+def _everything(steps):
+    return {n: t.cpu().clone() for n, t in (*steps.model.state_dict().items(), *steps.rows.tables())}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("slot", "value", "feature", "last"), [(0, 30, "a", 29), (3, -1, "b", 1999), (5, 500, "c", 499)]
+)
+def test_an_id_that_a_table_does_not_have_is_named_before_anything_changes(device, slot, value, feature, last):
+    steps = _steps(device)
+    steps.train(_batch(0), 0)
+    before = _everything(steps)
+    batch = _batch(1)
+    batch.ids_BS[5, slot] = value
+    message = f"training step 2, row 5 of the batch: feature {feature} has the id {value}, .*the ids 0 to {last}"
+    with pytest.raises(UserError, match=message):
+        steps.train(batch, 1)
+    with pytest.raises(UserError, match=f"feature {feature} has the id {value}"):
+        steps.evaluate(batch)
+    after = _everything(steps)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", ["exact", "quotient_remainder"])
+def test_accumulated_parts_of_a_batch_make_the_step_of_the_whole(device, spec):
+    results = []
+    for parts in (1, 4):
+        steps = _steps(device, _model(spec), micro_batches=parts, row_optimizer="adagrad", dense_optimizer="sgd")
+        for k in range(3):
+            steps.train(_batch(k), k)
+        results.append((steps.mean_loss(), _everything(steps)))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", ["exact", "hash_rows:rows=100+random_projection:dim=2"])
+def test_a_checkpoint_gives_back_the_same_predictions_anywhere(device, spec, tmp_path):
+    steps = _steps(device, _model(spec), row_optimizer="adam", placement={"a": "dense", "c": "matmul"})
+    for k in range(3):
+        steps.train(_batch(k), k)
+    logits = steps.evaluate(_batch(7)).cpu()
+    checkpoint.save(tmp_path / "c", steps.model, steps.dense, steps.rows, {"step": 3})
+    plain = _model(spec)
+    assert checkpoint.load_model(tmp_path / "c", plain)["step"] == 3
+    torch.testing.assert_close(_steps("cpu", plain).evaluate(_batch(7)), logits, atol=1e-5, rtol=1e-4)
+    steps.train(_batch(8), 3)
+    checkpoint.load_model(tmp_path / "c", steps.model, steps.rows)
+    torch.testing.assert_close(steps.evaluate(_batch(7)).cpu(), logits, atol=1e-6, rtol=1e-5)
+
+
+def test_the_interaction_of_a_bf16_run_has_gradients_near_those_of_fp32():
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        steps = _steps("cpu", precision=precision, dense_optimizer="sgd")
+        before = steps.model.bottom[0].weight.detach().clone()
+        steps.train(_batch(0), 0)
+        gradients.append(before - steps.model.bottom[0].weight.detach())
+    torch.testing.assert_close(*gradients, atol=0.02 * gradients[0].abs().max().item(), rtol=0.1)
