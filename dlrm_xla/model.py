@@ -33,12 +33,12 @@ def mlp(widths: Sequence[int], *, relu_last: bool) -> nn.Sequential:
         nn.init.normal_(linear.bias, std=math.sqrt(1 / m))
         layers.append(linear)
         if relu_last or position < len(widths) - 2:
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
 class DotInteraction(nn.Module):
-    """Dense vector followed by the dot products of all pairs of vectors: [B, D], F x [B, D] -> [B, D + F(F+1)/2].
+    """Dense vector followed by the dot products of all pairs of vectors: [B, D], [B, F, D] -> [B, D + F(F+1)/2].
 
     Pairs (i, j), j < i, row by row, without a vector's product with itself, the dense vector first.
     """
@@ -59,8 +59,8 @@ class DotInteraction(nn.Module):
         self.register_buffer("pairs", torch.tensor([i * n + j for i, j in pairs], dtype=torch.int32), persistent=False)
         self.register_buffer("places", places.flatten(), persistent=False)
 
-    def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
-        vectors_BFD = torch.stack([dense_BD, *bags], dim=1)
+    def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
+        vectors_BFD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
         pairs_BP: Tensor = _PairProducts.apply(vectors_BFD, self.pairs, self.places)  # type: ignore[no-untyped-call]
         return torch.cat([dense_BD, pairs_BP], dim=1)
 
@@ -86,14 +86,14 @@ class _PairProducts(torch.autograd.Function):
 
 
 class CatInteraction(nn.Module):
-    """All vectors side by side: [B, D], F x [B, D] -> [B, (F + 1) D]."""
+    """All vectors side by side: [B, D], [B, F, D] -> [B, (F + 1) D]."""
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         self.out_width = (num_features + 1) * dim
 
-    def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
-        return torch.cat([dense_BD, *bags], dim=1)
+    def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
+        return torch.cat([dense_BD, bags_BFD.flatten(1)], dim=1)
 
 
 class LowRankCross(nn.Module):
@@ -116,8 +116,8 @@ class LowRankCross(nn.Module):
             nn.init.xavier_normal_(w.weight)
             nn.init.zeros_(w.bias)
 
-    def forward(self, dense_BD: Tensor, bags: list[Tensor]) -> Tensor:
-        x0 = x = torch.cat([dense_BD, *bags], dim=1)
+    def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
+        x0 = x = torch.cat([dense_BD, bags_BFD.flatten(1)], dim=1)
         for v, w in zip(self.v, self.w, strict=True):
             x = x0 * w(v(x)) + x
         return x
