@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -91,6 +91,10 @@ _NOT_NEGATIVE = ("seed", "min_rows", "min_count", "warmup_steps", "decay_start",
 def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[str, str]]:
     """The configuration and, for each setting, its origin: default, preset NAME, the file's name, or flag."""
     from_file = _read(file) if file else {}
+    # A run's own config.yaml has the folder of that run, where no other run may go.
+    if isinstance(from_file.get("out"), _Resolved):
+        del from_file["out"]
+    from_file = {k: v.value if isinstance(v, _Resolved) else v for k, v in from_file.items()}
     preset = str(flags.get("preset", from_file.get("preset", "small")))
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset!r}; {choices(preset, PRESETS)}")
@@ -112,6 +116,8 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
     for name in ("dense_lr", "row_lr"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
+    if not config.plugin.strip():
+        raise UserError(f"plugin is empty ({origins['plugin']}); write exact, or a plugin of --list-plugins")
     if config.batch_size % config.micro_batches:
         raise UserError(
             f"batch_size {config.batch_size} does not split into {config.micro_batches} equal micro_batches"
@@ -139,8 +145,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} must hold lines of the form 'name: value'")
     # A run's own config.yaml has {value, origin} for each setting and can be given back as it is.
     return {
-        str(k): v["value"] if isinstance(v, dict) and set(v) == {"value", "origin"} else v for k, v in content.items()
+        str(k): _Resolved(v["value"]) if isinstance(v, dict) and set(v) == {"value", "origin"} else v
+        for k, v in content.items()
     }
+
+
+class _Resolved(NamedTuple):
+    value: Any
 
 
 def _checked(key: str, value: Any, origin: str) -> Any:

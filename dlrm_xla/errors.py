@@ -9,8 +9,8 @@ class UserError(Exception):
 
 
 def choices(name: str, known: Iterable[str]) -> str:
-    """Says which names there are, the nearest one first: ``did you mean 'a'? There are: a, b``."""
+    """Says which names there are, the nearest one first: ``did you mean 'a'? known are: a, b``."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}There are: {', '.join(names) or 'none'}"
+    return f"{hint}known are: {', '.join(names) or 'none'}"

@@ -99,9 +99,16 @@ def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:
     try:
         with torch.device("meta"):
             return make(table)
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(
             f"plugin {spec!r} refuses table {table.name} ({table.num_rows} x {table.dim}): {error}"
+        ) from error
+    except Exception as error:  # whatever a stranger's plugin makes of its options
+        raise UserError(
+            f"plugin {spec!r} fails on table {table.name} ({table.num_rows} x {table.dim}): "
+            f"{type(error).__name__}: {error}. Check its options, or ask its authors."
         ) from error
 
 

@@ -85,7 +85,7 @@ class RowStore:
             if step:
                 raise UserError(
                     f"the gradient of table {name} is not finite at step {step}. Lower --dense-lr or --row-lr, or "
-                    "check the data; the checkpoints before this step are kept."
+                    "check the data; checkpoints saved before it are kept."
                 )
 
     def tables(self) -> Iterator[tuple[str, Tensor]]:

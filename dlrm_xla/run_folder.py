@@ -36,12 +36,9 @@ class RunFolder:
 
     def __init__(self, config: Config, origins: Mapping[str, str]) -> None:
         self.path = Path(config.out) if config.out else _fresh(config)
+        check_out(str(self.path))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise UserError(
-                    f"--out {self.path} already holds files. Choose a new folder; runs are never overwritten."
-                )
             settings = {
                 name: {"value": value, "origin": origins[name]} for name, value in dataclasses.asdict(config).items()
             }
@@ -77,7 +74,7 @@ class RunFolder:
         unfinished.write_text(json.dumps(clean, indent=1) + "\n")
         os.replace(unfinished, self.path / "report.json")
 
-    def plot(self, best_reachable_auc: float | None) -> None:
+    def plot(self, title: str, base_rate_log_loss: float, best_reachable_auc: float | None) -> None:
         """Loss and AUC over samples, as curves.png."""
         import matplotlib
 
@@ -85,14 +82,17 @@ class RunFolder:
         from matplotlib import pyplot
 
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        for key, label, axis in (
-            ("train_loss", "training, since the last point", left),
-            ("validation_log_loss", "validation", left),
-            ("validation_auc", "validation", right),
+        figure.suptitle(title, fontsize=10)
+        for key, label, axis, colour in (
+            ("train_loss", "training, since the last point", left, "tab:blue"),
+            ("validation_log_loss", "validation", left, "tab:orange"),
+            ("validation_auc", "validation", right, "tab:orange"),
         ):
             points = [(row["samples"], row[key]) for row in self.rows if key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else "", label=label)
+                marker = "o" if len(points) < 30 else ""
+                axis.plot(*zip(*points, strict=True), marker=marker, label=label, color=colour)
+        left.axhline(base_rate_log_loss, linestyle="--", color="grey", label="constant base rate (test rows)")
         if best_reachable_auc is not None:
             right.axhline(best_reachable_auc, linestyle="--", color="grey", label="best reachable (test rows)")
         left.set(xlabel="training samples", ylabel="log loss (nats)")
@@ -107,6 +107,15 @@ class RunFolder:
         """Flushes what is open."""
         self._metrics.close()
         self._events.close()
+
+
+def check_out(out: str) -> None:
+    """Raises a UserError where a run may not write: a folder that holds files, or a file."""
+    path = Path(out)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--out {path} already holds files. Choose a new folder; runs are never overwritten.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file. Choose a new folder.")
 
 
 def _fresh(config: Config) -> Path:

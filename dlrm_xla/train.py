@@ -293,5 +293,5 @@ def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {step}. Lower --dense-lr or --row-lr, or check the data; "
-            "the checkpoints before this step are kept."
+            "checkpoints saved before it are kept."
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ from dlrm_xla.model import DLRM
 from dlrm_xla.presets import PRESETS
 from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowFiles
-from dlrm_xla.run_folder import RunFolder, commit, versions
+from dlrm_xla.run_folder import RunFolder, check_out, commit, versions
 from dlrm_xla.train import GraphWatch, Outcome, Steps, predict, train
 
 INTERRUPTED = 130
@@ -141,6 +143,7 @@ def check_memory(plan: Plan) -> None:
 
 def list_plugins() -> None:
     """Prints the installed plugins."""
+    print("exact  (dlrm_xla)\n    Every row as it is; the default, and what every other plugin is built around.")
     for row in registry.describe():
         print(f"{row['name']}  ({row['package']})\n    {row['summary']}")
         if row["options"]:
@@ -149,6 +152,8 @@ def list_plugins() -> None:
 
 def run(config: Config, origins: dict[str, str]) -> int:
     """Trains, evaluates, writes the run folder, prints the results; returns the exit code."""
+    if config.out:
+        check_out(config.out)
     device = open_device(config.device)
     print(f"device: {device.description}")
     if device.loud:
@@ -159,6 +164,11 @@ def run(config: Config, origins: dict[str, str]) -> int:
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
+    if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
+        print(
+            f"*** {config.plugin} REPLACES NO TABLE: all stay exact, for the reasons above. Lower --min-rows, take "
+            "more rows or options that keep less; this run says nothing about the plugin."
+        )
     check_memory(plan)
     model = DLRM(
         dataset.dense.shape[1],
@@ -189,7 +199,7 @@ def run(config: Config, origins: dict[str, str]) -> int:
         base = base_rate_metrics(labels, dataset.click_rate("train"))
         exact_all_ids = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
         report = make_report(config, plan, exact_all_ids, steps, watch, outcome, result, base, best_auc)
-        folder.plot(best_auc)
+        folder.plot(f"{title(report)}: test AUC {result['auc']:.4f}", base["log_loss"], best_auc)
         folder.report(report)
     finally:
         folder.close()
@@ -215,6 +225,7 @@ def make_report(
     return {
         "device": config.device,
         "plugin": config.plugin,
+        "tables_with_plugin": sum(p.plugin != registry.EXACT for p in plan.bags),
         "preset": config.preset,
         "seed": config.seed,
         "epochs": outcome.epochs,
@@ -246,23 +257,32 @@ def make_report(
     }
 
 
+def title(report: dict[str, Any]) -> str:
+    """What ran, and where."""
+    used, asked = report["tables_with_plugin"], report["plugin"] != registry.EXACT
+    tables = f" in {used} of {len(report['tables'])} tables" if asked else ""
+    interrupted = ", INTERRUPTED" if report["interrupted"] else ""
+    return f"{report['plugin']}{tables} on {report['device']}, {report['epochs']:.2f} epochs{interrupted}"
+
+
 def print_results(
     report: dict[str, Any], base: dict[str, float], best_auc: float | None, device: Device, path: Path
 ) -> None:
     """The table of results that a run ends with."""
-    title = f"{report['plugin']} on {device.description}, {report['epochs']:.2f} epochs"
-    if report["interrupted"]:
-        title += ", INTERRUPTED"
-    print(f"\n{title}\n{'test rows':<20}{'model':>12}{'base rate':>12}" + (f"{'best':>12}" if best_auc else ""))
+    print(f"\n{title(report)}\n{'test rows':<20}{'model':>12}{'base rate':>12}" + (f"{'best':>12}" if best_auc else ""))
     for name, value in base.items():
         best = f"{best_auc:>12.4f}" if best_auc and name == "auc" else ""
         print(f"{name.replace('_', ' '):<20}{report[name]:>12.4f}{value:>12.4f}{best}")
+    speed = f"{report['train_samples_per_second']:,.0f} samples/s, median step {report['step_ms_median']:.1f} ms"
+    if not math.isfinite(report["step_ms_median"]):
+        speed = "too few steps to tell: the first one holds the start"
     print(
         f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables "
-        f"over all ids\nspeed               {report['train_samples_per_second']:,.0f} samples/s, median step "
-        f"{report['step_ms_median']:.1f} ms\ngraphs              {report['compiles']} compiled, "
-        f"{report['fallbacks']} operations on the CPU instead\nrun folder          {path}"
+        f"over all ids seen in training\nspeed               {speed}"
     )
+    if report["compiles"]:
+        print(f"graphs              {report['compiles']} compiled, {report['fallbacks']} operations on the CPU instead")
+    print(f"run folder          {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,11 +309,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # a disk that fills, a folder that vanishes; anything else names itself
         print(f"error: {error}. Look at the disk and the permissions there, and run again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was kept", file=sys.stderr)
+        print("stopped at once; a run folder without report.json is not a finished run", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -238,3 +238,18 @@ def test_the_planted_signal_is_the_best_there_is():
         scores += np.log(rate / (1 - rate))[data.ids[start:stop, f]]
     reached = roc_auc_score(data.labels[start:stop], scores)
     assert 0.55 < reached < best
+
+
+@pytest.mark.parametrize("value", [2**30, -1])
+def test_a_damaged_id_in_prepared_data_is_named(value):
+    dataset, _ = synthesize(200, [30, 50])
+    dataset.ids[17, 1] = value
+    with pytest.raises(UserError, match=f"row 17 of the data: feature C2 has the id {value}, .* damaged"):
+        list(Loader(dataset, 32, min_count=2).batches("train"))
+
+
+def test_commas_instead_of_tabs_are_recognised(tmp_path):
+    log = tmp_path / "avazu.csv"
+    log.write_text("id,click,hour\n1,0,14102100\n" * 20)
+    with pytest.raises(UserError, match=r"line 1: 1 tab-separated columns, .*Commas separate"):
+        criteo.open_log(log, tmp_path)

@@ -349,3 +349,59 @@ def test_files_need_the_cpu(tmp_path, capsys):
     file.write_text(f"row_files: {tmp_path / 'rows'}\n")
     assert launcher.main([*QUICK, "--device", "xla", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
     assert "tables in files need --device cpu" in capsys.readouterr().err
+
+
+def test_a_plugin_that_no_table_takes_is_said_loudly(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*QUICK, "--plugin", "tensorly_tt", "--min-rows", "100000", "--out", str(out)]
+    assert launcher.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "tensorly_tt REPLACES NO TABLE" in printed
+    assert "tensorly_tt in 0 of 26 tables" in printed
+    assert json.loads((out / "report.json").read_text())["tables_with_plugin"] == 0
+
+
+def test_a_config_of_a_run_starts_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main([*QUICK, "--out", "first", "--seed", "3"]) == 0
+    assert launcher.main(["--config", "first/config.yaml"]) == 0
+    (second,) = (tmp_path / "runs").iterdir()
+    reports = [json.loads((p / "report.json").read_text()) for p in (tmp_path / "first", second)]
+    assert reports[0]["auc"] == reports[1]["auc"]
+
+
+def test_a_plugin_that_breaks_on_its_options_is_told_without_traceback(tmp_path, capsys, monkeypatch):
+    def breaking(table, inner, *, parts: int = 0):
+        return inner(dataclasses.replace(table, num_rows=table.num_rows // parts))
+
+    monkeypatch.setattr(registry, "load", lambda name: breaking)
+    assert launcher.main([*QUICK, "--plugin", "breaking", "--out", str(tmp_path / "r")]) == 2
+    assert "plugin 'breaking' fails on table C1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["file", "full"])
+def test_an_out_that_cannot_be_used_is_refused_before_any_work(tmp_path, capsys, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    assert launcher.main([*QUICK, "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert {"file": "is a file", "full": "already holds files"}[kind] in printed.err
+    assert "SYNTHETIC" not in printed.out
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    command = [sys.executable, "launch/run.py", *QUICK, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert "Look at the disk" not in run.stderr.read()
+    assert run.returncode == 1
+
+
+def test_an_empty_plugin_is_no_choice(capsys):
+    assert launcher.main(["--plugin", ""]) == 2
+    assert "plugin is empty (flag)" in capsys.readouterr().err

@@ -232,7 +232,10 @@ def _problem(line: bytes) -> str | None:
             "Training needs the labelled one (train.txt, 40 columns)."
         )
     if len(fields) != len(COLUMNS):
-        return f"{len(fields)} tab-separated columns, expected {len(COLUMNS)}: label, 13 integers, 26 categories"
+        problem = f"{len(fields)} tab-separated columns, expected {len(COLUMNS)}: label, 13 integers, 26 categories"
+        if len(fields) == 1 and line.count(b",") > 1:
+            problem += ". Commas separate its columns, so this is not Criteo's format (Avazu's logs look like this)"
+        return problem
     if fields[0] not in (b"0", b"1"):
         return f"the label is {_shown(fields[0])}, expected 0 or 1"
     for name, value in zip(COLUMNS[1:14], fields[1:14], strict=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlrm_xla.batches import PackedBatch
+from dlrm_xla.errors import UserError
 from dlrm_xla_data.prepared import PreparedDataset
 
 
@@ -25,6 +27,8 @@ class Loader:
         self.seed = seed
         self.num_rows = [dataset.num_rows(f, min_count) for f in range(len(dataset.names))]
         self._num_rows_S = np.repeat(np.array(self.num_rows, np.int32), dataset.bag_lengths)
+        all_rows = [dataset.num_rows(f, 0) for f in range(len(dataset.names))]
+        self._all_rows_S = np.repeat(np.array(all_rows, np.int32), dataset.bag_lengths)
 
     def num_batches(self, split: str) -> int:
         """Batches in one pass over a split."""
@@ -52,5 +56,15 @@ class Loader:
         labels = np.full(size, -1, np.float32)
         count = len(rows)
         dense[:count], ids[:count], labels[:count] = data.dense[rows], data.ids[rows], data.labels[rows]
+        if (ids < 0).any() or (ids >= self._all_rows_S).any():
+            raise self._bad_id(rows, ids)
         ids[ids >= self._num_rows_S] = 0
         return PackedBatch(torch.from_numpy(dense), torch.from_numpy(ids), torch.from_numpy(labels))
+
+    def _bad_id(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], ids: np.ndarray[Any, Any]) -> UserError:
+        place, slot = np.argwhere((ids < 0) | (ids >= self._all_rows_S))[0]
+        name = np.repeat(self.dataset.names, self.dataset.bag_lengths)[slot]
+        return UserError(
+            f"row {rows[place]} of the data: feature {name} has the id {ids[place, slot]}, but its table has the ids "
+            f"0 to {self._all_rows_S[slot] - 1}. The prepared data is damaged: delete it, give the raw log."
+        )

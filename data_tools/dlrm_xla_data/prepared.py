@@ -64,7 +64,10 @@ def day_split(num_rows: int, days: int = 7) -> dict[str, tuple[int, int]]:
     start = num_rows - last_day
     middle = start + (last_day + 1) // 2
     if last_day < 2:
-        raise UserError(f"{num_rows} rows are too few for the day split: it needs {2 * days}, or two a day")
+        raise UserError(
+            f"{num_rows} rows are too few for the day split: it needs {2 * days}, or two a day. Give a longer log, or "
+            "without --data a larger --synthetic-rows."
+        )
     return {"train": (0, start), "test": (start, middle), "validation": (middle, num_rows)}
 
 
