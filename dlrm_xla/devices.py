@@ -38,7 +38,9 @@ class RowAccess:
     An array is [R] with one value per id, or [lines, pack dim] with rows as `dlrm_xla.rows.RowStack` packs them.
     ``gather(array, ids_N, dim)`` gives [N, dim]. ``scatter(array, ids_N, values, add)`` works in place; where it does
     not add, ids must rise and differ. ``static_shapes``: no shape may depend on data, and a scatter leaves out ids past
-    the array's end. ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last
+    the array's end. ``sum_rows(rows, ids_N, starts_G, weights_N)`` gives the weighted sums
+    [G, dim] of the rows of each group of neighbouring ids without laying the rows side by side, where the device can.
+    ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last
     dimension is padded to, 0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``:
     arrays may be files mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed
     so where nothing else was asked for.
@@ -47,6 +49,7 @@ class RowAccess:
     description: str
     gather: Callable[[Tensor, Tensor, int], Tensor]
     scatter: Callable[[Tensor, Tensor, Tensor, bool], None]
+    sum_rows: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     bits: Callable[[Tensor, torch.dtype], Tensor] = torch.Tensor.view
     static_shapes: bool = False
     lanes: int = 0
@@ -117,6 +120,12 @@ def _gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
     return array.view(-1, dim).index_select(0, ids_N)
 
 
+def _sum_rows(rows: Tensor, ids_N: Tensor, starts_G: Tensor, weights_N: Tensor) -> Tensor:
+    starts_G = starts_G.to(ids_N.dtype)
+    sums: Tensor = torch.nn.functional.embedding_bag(ids_N, rows, starts_G, mode="sum", per_sample_weights=weights_N)
+    return sums
+
+
 def _scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
     rows = array.view(-1, *values.shape[1:])
     # torch's CPU kernel for int64 ids runs in parallel, that for int32 does not: 2 against 12 ms for 53,248 rows of 16.
@@ -127,7 +136,7 @@ def _scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
 def _cpu() -> Device:
     description = f"CPU, {torch.get_num_threads()} threads"
     device = torch.device("cpu")
-    rows = RowAccess("a CPU", _gather, _scatter, files=True)
+    rows = RowAccess("a CPU", _gather, _scatter, _sum_rows, files=True)
     memory = _machine_memory()
     return Device("cpu", device, description, lambda m: m, _as_it_is, lambda: None, Counters, rows, rows, memory)
 
@@ -145,7 +154,7 @@ def _cuda() -> Device:
         raise UserError(f"--device cuda: {built}. Check nvidia-smi and the torch build, or use --device cpu or xla.")
     description = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     device = torch.device("cuda")
-    rows = RowAccess("a GPU", _gather, _scatter)
+    rows = RowAccess("a GPU", _gather, _scatter, _sum_rows)
     return Device(
         "cuda",
         device,
@@ -212,7 +221,13 @@ def _xla() -> Device:
         return Counters(data[0] if data else 0, {n: int(metrics.counter_value(n)) for n in names})
 
     tpu = RowAccess(
-        "a TPU", _xla_gather, _xla_scatter_op(), _xla_bits_op(), static_shapes=True, lanes=128, rounds_matmul=True
+        "a TPU",
+        _xla_gather,
+        _xla_scatter_op(),
+        bits=_xla_bits_op(),
+        static_shapes=True,
+        lanes=128,
+        rounds_matmul=True,
     )
     rows, memory = tpu, 0.0
     if kind == "CPU":

@@ -7,7 +7,7 @@ ids: `unique` has a shape that depends on the data, and torch-xla runs it on the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.config import RowOptimizerName
-from dlrm_xla.devices import Device
-from dlrm_xla.rows import RowFiles, RowStack, matmul_parts, one_hot
+from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.rows import Lookup, RowFiles, RowStack, matmul_parts, one_hot
 
 StateName = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,18 +81,36 @@ RULES: dict[str, Rule] = {
 }
 
 
-def combine_duplicates(ids_N: Tensor, grads_ND: Tensor, past_end: int | None = None) -> tuple[Tensor, Tensor]:
-    """Sums the gradients of equal ids: (ids_N, grads_ND) -> (ids_U, grads_UD), ids rising.
+def combine_lookups(ids_N: Tensor, lookups: Sequence[Lookup], access: RowAccess) -> tuple[Tensor, Tensor]:
+    """Sums the gradients of equal ids over lookups: (ids_U, grads_UD), ids rising and different.
 
-    With ``past_end`` shapes are static, U = N: what is left over at the end of ``ids_U`` are different ids from
-    ``past_end`` on, which belong to no row.
+    With its ids sorted, an id's gradients are a bag of the gradients of the bags it was in, so one embedding bag over
+    those adds them up, and no gradient is ever written per slot.
+    """
+    assert access.sum_rows is not None
+    grads, slots, weights, bags = [], [], [], 0
+    for lookup in lookups:
+        grads_GD, slot_bags_N, weights_N = lookup.bag_gradients()
+        count = lookup.ids_BS.numel()
+        if slot_bags_N is None:
+            slot_bags_N = torch.arange(count, dtype=torch.int32, device=ids_N.device)
+        slots.append(slot_bags_N + bags if bags else slot_bags_N)
+        weights.append(grads_GD.new_ones(count) if weights_N is None else weights_N)
+        grads.append(grads_GD)
+        bags += len(grads_GD)
+    sorted_N, order_N = torch.sort(ids_N, stable=True)
+    ids_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
+    starts_U = counts_U.cumsum(0) - counts_U
+    slots_N, weights_N = (torch.cat(parts).index_select(0, order_N) for parts in (slots, weights))
+    return ids_U, access.sum_rows(torch.cat(grads), slots_N, starts_U, weights_N)
+
+
+def combine_duplicates(ids_N: Tensor, grads_ND: Tensor, past_end: int) -> tuple[Tensor, Tensor]:
+    """Sums the gradients of equal ids with static shapes: (ids_N, grads_ND) -> (ids_U, grads_UD), U = N, ids rising.
+
+    What is left over at the end of ``ids_U`` are different ids from ``past_end`` on, which belong to no row.
     """
     sorted_N, order_N = torch.sort(ids_N, stable=True)
-    if past_end is None:
-        ids_U, segment_N = torch.unique_consecutive(sorted_N, return_inverse=True)
-        # int64 segments take torch's parallel kernel
-        sums_UD = grads_ND.new_zeros(len(ids_U), grads_ND.shape[1])
-        return ids_U, sums_UD.index_add_(0, segment_N, grads_ND.index_select(0, order_N))
     is_first_N = torch.ones_like(sorted_N)
     is_first_N[1:] = (sorted_N[1:] != sorted_N[:-1]).to(sorted_N.dtype)
     segment_N = torch.cumsum(is_first_N, 0, dtype=torch.int32) - 1
@@ -140,11 +158,12 @@ class StackOptimizer(nn.Module):
     def step(self, stack: RowStack, learning_rate: float, step: Tensor) -> None:
         """Updates the rows looked up since the last step."""
         ids_N = torch.cat([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
-        grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
+        access = stack.device.rows
         plain = stack.rows.dtype == torch.float32 and self.settings.weight_decay == 0
-        if stack.placement == "sparse" and plain and self.settings.name == "sgd":
+        if stack.placement == "sparse" and plain and self.settings.name == "sgd" and access.sum_rows is None:
             # Addition combines duplicates by itself.
-            stack.device.rows.scatter(stack.rows, ids_N, grads_ND * -learning_rate, True)
+            grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
+            access.scatter(stack.rows, ids_N, grads_ND * -learning_rate, True)
             return
         still = self.rule.still and self.settings.weight_decay == 0
         if not still:
@@ -152,18 +171,17 @@ class StackOptimizer(nn.Module):
             real_N = torch.cat([lookup.weights_BS.reshape(-1) for lookup in stack.lookups]) != 0
             ids_N = torch.where(real_N, ids_N, stack.end)
         if stack.placement == "sparse":
-            self._sparse(stack, ids_N, grads_ND, learning_rate, step, drop=not still)
+            self._sparse(stack, ids_N, learning_rate, step, drop=not still)
         else:
-            self._dense(stack, ids_N, grads_ND, learning_rate, step, still)
+            self._dense(stack, ids_N, learning_rate, step, still)
 
-    def _sparse(
-        self, stack: RowStack, ids_N: Tensor, grads_ND: Tensor, learning_rate: float, step: Tensor, drop: bool
-    ) -> None:
+    def _sparse(self, stack: RowStack, ids_N: Tensor, learning_rate: float, step: Tensor, drop: bool) -> None:
         device = stack.device
         if device.rows.static_shapes:
+            grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
             ids_U, sums_UD = combine_duplicates(ids_N, grads_ND, stack.end + 1)
         else:
-            ids_U, sums_UD = combine_duplicates(ids_N, grads_ND)
+            ids_U, sums_UD = combine_lookups(ids_N, stack.lookups, device.rows)
             if drop and len(ids_U) and int(ids_U[-1]) == stack.end:
                 ids_U, sums_UD = ids_U[:-1], sums_UD[:-1]
         at_U = ids_U.clamp(max=stack.num_rows - 1) if device.rows.static_shapes else ids_U
@@ -174,9 +192,8 @@ class StackOptimizer(nn.Module):
         rows_UD, states = self._updated(stack.read(at_U), sums_UD, old, learning_rate, step)
         self._write(stack, ids_U, rows_UD, states, step)
 
-    def _dense(
-        self, stack: RowStack, ids_N: Tensor, grads_ND: Tensor, learning_rate: float, step: Tensor, still: bool
-    ) -> None:
+    def _dense(self, stack: RowStack, ids_N: Tensor, learning_rate: float, step: Tensor, still: bool) -> None:
+        grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
         if stack.placement == "matmul":
             hot_RN = one_hot(ids_N, stack.num_rows).t()
             sums_RD = sum(

@@ -6,6 +6,7 @@ are the leaf of autograd; `dlrm_xla.row_optim` then updates exactly those rows i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import shutil
@@ -127,6 +128,16 @@ class Lookup(NamedTuple):
             grad = grad * self.weights_BS.unsqueeze(2)
         return grad.reshape(-1, grad.shape[2])
 
+    def bag_gradients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of the bags [B F, D], each slot's bag, and its weight; None where each slot is a bag by itself."""
+        assert self.leaf.grad is not None
+        grads_GD = self.leaf.grad.flatten(0, 1)
+        if not self.pooled:
+            return grads_GD, None, None
+        single = len(self.lengths) == self.ids_BS.shape[1]
+        slots = None if single else bag_of_slot(len(self.ids_BS), tuple(self.lengths), self.ids_BS.device)
+        return grads_GD, slots, self.weights_BS.reshape(-1)
+
     def gradient_sums(self) -> Tensor:
         """One number per name, not finite where any gradient of that table is not."""
         assert self.leaf.grad is not None
@@ -200,14 +211,21 @@ class RowStack(nn.Module):
         In training the result is, or comes from, a leaf that the optimizer finds in ``lookups``.
         """
         if not (training and torch.is_grad_enabled()):
-            return pool(self.read(ids_BS.reshape(-1)), weights_BS, lengths)
+            return self.bags(ids_BS, weights_BS, lengths)
         with torch.no_grad():
-            leaf = self.read(ids_BS.reshape(-1))
-            if pooled := not weights_BS.requires_grad:
-                leaf = pool(leaf, weights_BS, lengths)
+            pooled = not weights_BS.requires_grad
+            leaf = self.bags(ids_BS, weights_BS, lengths) if pooled else self.read(ids_BS.reshape(-1))
         leaf = leaf.view(len(ids_BS), -1, self.dim).requires_grad_()
         self.lookups.append(Lookup(ids_BS, weights_BS.detach(), leaf, pooled, lengths, names))
         return leaf if pooled else pool(leaf, weights_BS, lengths)
+
+    def bags(self, ids_BS: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Weighted sums of rows, [B, F, D]."""
+        sum_rows = self.device.rows.sum_rows
+        if sum_rows is None or self.placement == "matmul" or self.rows.dtype != torch.float32:
+            return pool(self.read(ids_BS.reshape(-1)), weights_BS, lengths)
+        starts_G = bag_starts(len(ids_BS), tuple(lengths), ids_BS.device)
+        return sum_rows(self.rows, ids_BS.reshape(-1), starts_G, weights_BS.reshape(-1)).view(len(ids_BS), -1, self.dim)
 
     def read(self, ids_N: Tensor) -> Tensor:
         """Rows of the stack's own ids, float32 [N, D]."""
@@ -236,6 +254,21 @@ def lines_of(num_rows: int, dim: int, access: RowAccess, placement: Placement) -
     """Shape of the array that holds rows: as many rows to a line as fit the lanes, where they are sparse."""
     pack = max(1, access.lanes // dim) if placement == "sparse" else 1
     return -(-num_rows // pack), pack * dim
+
+
+@functools.lru_cache(maxsize=64)
+def bag_starts(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each bag starts among B S slots of bags that lie side by side, int32 [B F]."""
+    within = [0, *itertools.accumulate(lengths)][:-1]
+    starts = torch.arange(batch).unsqueeze(1) * sum(lengths) + torch.tensor(within)
+    return starts.flatten().int().to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def bag_of_slot(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The bag of each slot, int32 [B S]."""
+    bags = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return (torch.arange(batch).unsqueeze(1) * len(lengths) + bags).flatten().int().to(device)
 
 
 def one_hot_product(ids_N: Tensor, rows_RD: Tensor, device: Device) -> Tensor:
