@@ -6,6 +6,7 @@ None where the case is not one for it, and raises ImportError where its package 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -260,12 +261,14 @@ def fbgemm(case: Case) -> Repetition | None:
     """FBGEMM's table-batched embedding with its fused exact optimizer, on CPU or CUDA."""
     if case.device.name == "xla":
         return None
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        EmbeddingLocation,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of parts of itself that it leaves out
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            EmbeddingLocation,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
 
     on_gpu = case.device.name == "cuda"
     place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)

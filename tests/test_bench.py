@@ -1,0 +1,78 @@
+"""The benchmark runs, counts bytes rightly and writes what it promises; how fast things are is not tested."""
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, needs_xla
+
+from dlrm_xla.devices import open_device
+
+sys.path.insert(0, str(ROOT / "launch"))
+import bench
+from bench_arms import Case
+
+KEYS = "name device rows dim batch bag placement ms_median ms_min gb_per_s ratio_to_best_other".split()
+SMALL = ["--rows", "300", "--batch", "32", "--repeat", "2"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("what", ["lookup", "update", "step"])
+def test_every_implementation_is_a_row_of_the_file(what, device, tmp_path):
+    out = tmp_path / "bench.json"
+    assert bench.main(["--what", what, "--device", device, "--bag", "3", *SMALL, "--out", str(out)]) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())}
+    others = {"EmbeddingBag sparse", "EmbeddingBag dense"} if device == "cpu" else {"naive torch_xla"}
+    assert {f"{what} {name}" for name in ("dlrm_xla sparse", *others)} <= set(rows)
+    for row in rows.values():
+        assert set(KEYS) <= set(row)
+        assert 0 < row["ms_min"] <= row["ms_median"]
+        assert (row["gb_per_s"] is None) == (what == "step")
+    ours = rows[f"{what} dlrm_xla sparse"]
+    best = min(row["ms_median"] for name, row in rows.items() if "dlrm_xla" not in name)
+    assert ours["ratio_to_best_other"] == pytest.approx(best / ours["ms_median"])
+    assert out.with_suffix(".png").stat().st_size > 5000
+    assert json.loads(out.with_suffix(".about.json").read_text())["copy_gb_per_s"][device] > 0
+
+
+def test_least_bytes_are_counted_on_the_ids_of_the_batches():
+    case = Case("update", open_device("cpu"), (50,), 8, 16, 4, 0.0, "adagrad")
+    different = np.mean([len(np.unique(ids.numpy())) for ids in case.ids()])
+    lookup = 16 * 4 * 8 * 4 + 16 * 8 * 4
+    assert case.least_bytes() == pytest.approx(lookup + 16 * 8 * 4 + different * 2 * (8 + 1) * 4)
+    for ids in case.ids():
+        assert ids.shape == (16, 4)
+        assert ids.min() >= 0
+        assert ids.max() < 50
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 1.05])
+def test_ids_have_the_skew_that_was_asked_for(exponent):
+    case = Case("lookup", open_device("cpu"), (1000,), 8, 50_000, 1, exponent, "sgd")
+    counts = np.bincount(np.concatenate([ids.numpy().ravel() for ids in case.ids()]), minlength=1000)
+    # The density is that of a continuous power law, so compare decades.
+    edges = np.array([0, 9, 99, 999])
+    mass = np.array([counts[a:b].sum() for a, b in itertools.pairwise(edges)]) / counts.sum()
+    points = np.array([1.0, 10.0, 100.0, 1000.0])
+    if exponent == 1.0:
+        cumulative = np.log(points) / np.log(1001)
+    else:
+        cumulative = (points ** (1 - exponent) - 1) / (1001 ** (1 - exponent) - 1)
+    np.testing.assert_allclose(mass, np.diff(cumulative), atol=0.01)
+
+
+def test_scale_touches_the_same_ids_in_tables_of_any_size():
+    few, many = bench.cases(bench.flags().parse_args(["--what", "scale"]), {"cpu": open_device("cpu")})
+    assert sum(many[0].table_rows) == pytest.approx(100_000_000, rel=1e-6)
+    assert sum(few[0].table_rows) == pytest.approx(1_000_000, rel=1e-4)
+    assert all((a == b).all() for a, b in zip(few[0].ids(), many[0].ids(), strict=True))
+
+
+def test_what_is_missing_is_said_and_left_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fbgemm_gpu", None)
+    assert bench.main(["--what", "lookup", *SMALL]) == 0
+    assert "FBGEMM: not installed" in capsys.readouterr().out
+    assert bench.main(["--out", str(tmp_path / "no" / "b.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
