@@ -332,7 +332,7 @@ def tltorch_tt(case: Case, rank: int) -> Repetition | None:
     import tltorch
 
     rows = case.table_rows[0]
-    layer = tltorch.FactorizedEmbedding(rows, case.dim, auto_tensorize=True, factorization="blocktt", rank=rank, d=3)
+    layer = tltorch.FactorizedEmbedding(rows, case.dim, factorization="blocktt", rank=rank)
     layer.to(case.device.torch_device)
 
     class Bag(nn.Module):

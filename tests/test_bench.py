@@ -71,8 +71,20 @@ def test_scale_touches_the_same_ids_in_tables_of_any_size():
 
 
 def test_what_is_missing_is_said_and_left_out(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fbgemm_gpu", None)
+    def missing(case):
+        raise ImportError("No module named 'fbgemm_gpu'")
+
+    monkeypatch.setattr(bench.arms, "fbgemm", missing)
     assert bench.main(["--what", "lookup", *SMALL]) == 0
     assert "FBGEMM: not installed" in capsys.readouterr().out
     assert bench.main(["--out", str(tmp_path / "no" / "b.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_tensor_trains_are_compared_with_tensorly_torchs(tmp_path):
+    pytest.importorskip("tltorch")
+    out = tmp_path / "tt.json"
+    flags = ["--what", "tt", "--rows", "4096", "--dim", "8", "--rank", "4", "--batch", "16", "--repeat", "2"]
+    assert bench.main([*flags, "--out", str(out)]) == 0
+    names = [row["name"] for row in json.loads(out.read_text())]
+    assert names == ["tt dlrm_xla tensorly_tt", "tt tltorch blocktt"]
