@@ -16,6 +16,7 @@ than all others.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -30,6 +31,7 @@ import torch
 from bench_arms import Case, Repetition
 from tqdm import tqdm
 
+from dlrm_xla.config import PLACEMENTS
 from dlrm_xla.devices import Device, open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.presets import KAGGLE_ROWS
@@ -38,6 +40,8 @@ from dlrm_xla.run_folder import versions
 
 WARM_UP = 3
 OURS = "dlrm_xla"
+# Rows of 26 equal tables.
+SCALES = {"1M": (1_000_000 // 26,) * 26, "100M": (100_000_000 // 26,) * 26}
 
 
 def flags() -> argparse.ArgumentParser:
@@ -78,19 +82,18 @@ def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[C
     )
     for what, device, rows, dim, batch, bag, zipf, optimizer in product:
         capped = tuple(min(r, rows) for r in KAGGLE_ROWS)
-        if what == "scale":
-            few, many = ((total // 26,) * 26 for total in (1_000_000, 100_000_000))
-            for tables in (few, many):
-                found.append((Case("step", device, tables, dim, batch, bag, zipf, optimizer, id_rows=few), "scale"))
-        else:
-            kind = {"tt": "update"}.get(what, what)
-            tables = capped if what == "step" else (rows,)
-            found.append((Case(kind, device, tables, dim, batch, bag, zipf, optimizer), what))
+        kind = {"tt": "update", "scale": "step"}.get(what, what)
+        tables = {"step": capped, "scale": SCALES["1M"]}.get(what, (rows,))
+        found.append((Case(kind, device, tables, dim, batch, bag, zipf, optimizer), what))
     return found
 
 
 def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[str, Any]:
     """Makers by name; "dlrm_xla" ones are ours."""
+    if title == "scale":
+        # The same ids, those of the smallest tables, looked up in tables of every size.
+        sized = {n: dataclasses.replace(case, table_rows=tables, id_rows=SCALES["1M"]) for n, tables in SCALES.items()}
+        return {f"{OURS} {n}": lambda c=c: arms.ours(c, "sparse") for n, c in sized.items()}
     if title == "tt":
         makers = {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
         others = {"tltorch blocktt": lambda: arms.tltorch_tt(case, given.rank)}
@@ -105,7 +108,7 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         }
         if case.device.name == "xla":
             others["naive torch_xla"] = lambda: arms.naive(case)
-    return makers if given.others == "none" or title == "scale" else makers | others
+    return makers if given.others == "none" else makers | others
 
 
 def copy_bandwidth(device: Device, size: int = 2**28) -> float:
@@ -162,18 +165,19 @@ def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> l
             {
                 "name": f"{title} {name}",
                 "device": case.device.name,
-                "rows": sum(case.table_rows),
+                "rows": sum(SCALES[name.split()[-1]] if title == "scale" else case.table_rows),
                 "dim": case.dim,
                 "batch": case.batch,
                 "bag": case.bag,
                 "zipf": case.zipf,
                 "optimizer": case.optimizer,
-                "placement": name.split()[-1] if name.startswith(OURS) else "",
+                "placement": name.split()[-1] if name.split()[-1] in PLACEMENTS else "",
                 "ms_median": ms,
                 "ms_min": min(times[name]),
                 "gb_per_s": moved,
                 "share_of_copy": moved / copy if moved else None,
                 "ratio_to_best_other": min(others) / ms if others else None,
+                "ratio_to_1M": ms / medians[f"{OURS} 1M"] if title == "scale" else None,
             }
         )
     return rows
@@ -183,6 +187,7 @@ def text(row: dict[str, Any]) -> str:
     """A row for people."""
     share = f"{row['gb_per_s']:8.2f} GB/s {row['share_of_copy']:6.1%} of copy" if row["gb_per_s"] else " " * 29
     ratio = f"{row['ratio_to_best_other']:6.2f}x" if row["ratio_to_best_other"] else ""
+    ratio += f"{row['ratio_to_1M']:6.2f} of the time at 1M rows" if row["ratio_to_1M"] else ""
     return (
         f"{row['name']:<28} {row['device']:<5}{row['rows']:>12,} x {row['dim']:<4} batch {row['batch']:<6} bag "
         f"{row['bag']:<3} zipf {row['zipf']:<5} {row['optimizer']:<9}{row['ms_median']:>9.2f} ms (min "
