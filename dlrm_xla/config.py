@@ -59,7 +59,7 @@ class Config:
     warmup_steps: int = _setting(0, "learning rates rise linearly over the first steps")
     decay_start: int = _setting(0, "step at which polynomial decay of the learning rates begins")
     decay_steps: int = _setting(0, "steps over which they decay to zero; 0: no decay")
-    patience: int = _setting(2, "stop after so many validations without a better AUC; 0: never")
+    patience: int = _setting(2, "stop after so many validations without a lower log loss; 0: never")
     log_every: int = _setting(50, "steps between log lines, the only steps at which the host reads the device")
     evals_per_epoch: int = _setting(1, "validations per epoch")
     synthetic_rows: int = _setting(100_000, "rows of the synthetic data that stand in when there is no --data")

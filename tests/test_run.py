@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -405,3 +406,24 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 def test_an_empty_plugin_is_no_choice(capsys):
     assert launcher.main(["--plugin", ""]) == 2
     assert "plugin is empty (flag)" in capsys.readouterr().err
+
+
+def test_the_checkpoint_of_the_lowest_validation_log_loss_is_the_one_that_is_tested(tmp_path):
+    out = tmp_path / "run"
+    # A learning rate this large overfits within the epochs, so the last validation is not the best.
+    flags = [*QUICK, "--epochs", "4", "--patience", "0", "--row-lr", "0.3", "--dense-lr", "0.01", "--out", str(out)]
+    assert launcher.main(flags) == 0
+    report = json.loads((out / "report.json").read_text())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    validations = [row for row in rows if "validation_log_loss" in row]
+    best = min(validations, key=lambda row: row["validation_log_loss"])
+    assert report["best_step"] == best["step"] < validations[-1]["step"]
+    assert report["validation_auc"] == best["validation_auc"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_a_run_that_diverges_stops_with_step_and_cause(device, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert launcher.main([*QUICK, "--device", device, "--row-lr", "1e38", "--out", str(out)]) == 2
+    assert re.search(r"(gradient of table C\d+ is not finite|the loss is nan) at step \d+", capsys.readouterr().err)
+    assert not (out / "report.json").exists()
