@@ -139,7 +139,7 @@ def round_stochastically(values: Tensor, keys: Tensor, device: Device) -> Tensor
 
 
 class StackOptimizer(nn.Module):
-    """One stack's part of a `RowOptimizer`: a module, so that its state moves to a device with the rest."""
+    """One stack's optimizer: a module, so that its state moves to a device with the rest."""
 
     def __init__(self, stack: RowStack, settings: RowSettings, files: RowFiles | None = None) -> None:
         super().__init__()

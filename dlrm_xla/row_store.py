@@ -146,13 +146,22 @@ def _grouped(
     members: list[tuple[str, RowTable]], place: Callable[[Table], Placement]
 ) -> Iterator[tuple[Placement, list[RowTable]]]:
     groups: dict[tuple[Placement, int, torch.dtype, object], list[RowTable]] = {}
-    rows: dict[tuple[Placement, int, torch.dtype], int] = {}
+    parts: dict[tuple[Placement, int, torch.dtype], tuple[int, int]] = {}
     for _, member in members:
         assert member.weight is not None, f"{member.table.name} is in a store already"
         kind = (place(member.table), member.table.dim, member.weight.dtype)
-        rows[kind] = rows.get(kind, 0) + member.table.num_rows
-        # A file is a stack of its own, for it would have to be copied.
-        part = f"file {member.table.name}" if member.file_backed else rows[kind] // MAX_STACK_ROWS
+        if member.table.num_rows > MAX_STACK_ROWS:
+            raise UserError(
+                f"table {member.table.name} has {member.table.num_rows:,} rows, but {MAX_STACK_ROWS:,} are the most "
+                "that can be trained with int32 ids. Take a --plugin that shortens it, or a larger --min-count."
+            )
+        if member.file_backed:  # a stack of its own, for it would have to be copied
+            groups[(*kind, member)] = [member]
+            continue
+        part, rows = parts.get(kind, (0, 0))
+        if rows + member.table.num_rows > MAX_STACK_ROWS:
+            part, rows = part + 1, 0
+        parts[kind] = part, rows + member.table.num_rows
         groups.setdefault((*kind, part), []).append(member)
     for (placement, *_), tables in groups.items():
         yield placement, tables

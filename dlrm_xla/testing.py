@@ -19,6 +19,8 @@ from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.plan import bytes_kept
+from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
 
 # Tests of one process share it, and torch_xla must come before the first backward.
@@ -125,6 +127,29 @@ class BagContract:
         assert 0.8 < std / self.table.start_std < 1.25, (
             f"rows start with {std:.2e}, exact ones {self.table.start_std:.2e}"
         )
+
+    def test_trains_in_the_row_store_as_by_autograd(self) -> None:
+        """Rows handed to the row store are updated as autograd through the whole table updates them."""
+        outs = []
+        for stored in (False, True):
+            model = nn.Module()
+            model.bag = self.make()
+            store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.1) if stored else None
+            own = list(model.parameters())
+            dense = torch.optim.SGD(own, lr=0.1) if own else None
+            for shift in range(3):
+                ids, weights = (t.roll(shift, 0) for t in self.inputs())
+                out = model.bag(ids, weights)
+                for parameter in own:
+                    parameter.grad = None
+                torch.autograd.backward((out - 1).square().mean())
+                if dense:
+                    dense.step()
+                if store:
+                    store.step()
+            model.eval()
+            outs.append(model.bag(*self.inputs()).detach())
+        torch.testing.assert_close(outs[1], outs[0], atol=self.tolerance, rtol=1e-4)
 
     def test_state_dict_round_trip(self) -> None:
         bag = self.make()

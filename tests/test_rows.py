@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dlrm_xla import row_store
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
@@ -317,3 +318,16 @@ def test_both_ends_of_forty_million_rows(device):
 def test_impossible_tables_are_refused(rows, dim, match):
     with pytest.raises(ValueError, match=match):
         Table("t", rows, dim)
+
+
+def test_stacks_stay_within_int32_and_take_as_many_tables_as_fit():
+    most = row_store.MAX_STACK_ROWS
+    with torch.device("meta"):
+        tables = [RowTable(Table(f"t{k}", r, 1)) for k, r in enumerate([5, most - 2, 3, 2**30, 2**30 - 2**27, 7])]
+        too_large = RowTable(Table("huge", most + 1, 1))
+    groups = [
+        [t.table.name for t in g] for _, g in row_store._grouped([("", t) for t in tables], lambda table: "sparse")
+    ]
+    assert groups == [["t0"], ["t1"], ["t2", "t3"], ["t4", "t5"]]
+    with pytest.raises(UserError, match=r"table huge has .* rows, but .* are the most"):
+        list(row_store._grouped([("", too_large)], lambda table: "sparse"))
