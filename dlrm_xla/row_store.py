@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class RowStore:
     """Takes the rows of every exact table in a model, whatever plugins are around it, and updates them.
 
     Tables of one width, type and placement become one `RowStack` on the device. The model still runs as before;
-    ``model.state_dict()`` no longer has the rows, ``state_dict()`` of the store has them under the same names.
+    ``model.state_dict()`` no longer has the rows, ``tables()`` has them under the same names.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class RowStore:
         self._step = torch.zeros(1, dtype=torch.int32).to(device.torch_device)
         self.device = device
         members = [(name, module) for name, module in model.named_modules() if isinstance(module, RowTable)]
-        self.stacks = [RowStack(tables, device, placement) for placement, tables in _grouped(members, place)]
-        self._names = {id(member.table): f"{name}.weight".removeprefix(".") for name, member in members}
+        groups = list(_grouped([module for _, module in members], place))
+        self.stacks = [RowStack(tables, device, placement) for placement, tables in groups]
+        of_module = {module: f"{name}.weight".removeprefix(".") for name, module in members}
+        self._names = [[of_module[table] for table in tables] for _, tables in groups]
         for module in model.modules():
             if isinstance(module, BagCollection):
                 module.group()
@@ -90,14 +93,13 @@ class RowStore:
 
     def tables(self) -> Iterator[tuple[str, Tensor]]:
         """Each table's rows on the host under the name that ``model.state_dict()`` had for them."""
-        for stack in self.stacks:
-            for table, rows_RD in stack.tables_on_host():
-                yield self._names[id(table)], rows_RD
+        for stack, names in zip(self.stacks, self._names, strict=True):
+            yield from zip(names, stack.tables_on_host(), strict=True)
 
     @property
     def names(self) -> list[str]:
         """The names of ``tables()``."""
-        return [self._names[id(table)] for stack in self.stacks for table in stack.tables]
+        return list(itertools.chain.from_iterable(self._names))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the optimizer keeps beside the rows, and the number of its steps."""
@@ -109,10 +111,10 @@ class RowStore:
     @torch.no_grad()
     def load_tables(self, state: Mapping[str, Tensor]) -> None:
         """Sets the rows from tensors by name; all tables must be there."""
-        for stack in self.stacks:
+        for stack, names in zip(self.stacks, self._names, strict=True):
             flat = torch.zeros(stack.end, stack.dim, dtype=stack.rows.dtype)
-            for table, base in zip(stack.tables, stack.bases, strict=True):
-                flat[base : base + table.num_rows] = state[self._names[id(table)]]
+            for name, table, base in zip(names, stack.tables, stack.bases, strict=True):
+                flat[base : base + table.num_rows] = state[name]
             stack.rows.copy_(flat.view(stack.rows.shape))
 
 
@@ -143,11 +145,11 @@ def placement_rule(config: Config, access: RowAccess) -> Callable[[Table], Place
 
 
 def _grouped(
-    members: list[tuple[str, RowTable]], place: Callable[[Table], Placement]
+    members: Sequence[RowTable], place: Callable[[Table], Placement]
 ) -> Iterator[tuple[Placement, list[RowTable]]]:
     groups: dict[tuple[Placement, int, torch.dtype, object], list[RowTable]] = {}
     parts: dict[tuple[Placement, int, torch.dtype], tuple[int, int]] = {}
-    for _, member in members:
+    for member in members:
         assert member.weight is not None, f"{member.table.name} is in a store already"
         kind = (place(member.table), member.table.dim, member.weight.dtype)
         if member.table.num_rows > MAX_STACK_ROWS:

@@ -240,11 +240,11 @@ class RowStack(nn.Module):
         """The first id past the array: of padding, where it must not count as an id that was looked up."""
         return self.rows.shape[0] * self.pack
 
-    def tables_on_host(self) -> Iterator[tuple[Table, Tensor]]:
-        """Each table with its rows [R, D], on the CPU."""
+    def tables_on_host(self) -> Iterator[Tensor]:
+        """Each table's rows [R, D], on the CPU."""
         flat = self.rows.to("cpu").view(-1, self.dim)
         for table, base in zip(self.tables, self.bases, strict=True):
-            yield table, flat[base : base + table.num_rows]
+            yield flat[base : base + table.num_rows]
 
     def extra_repr(self) -> str:
         return f"{len(self.tables)} tables, {self.num_rows} x {self.dim}, {self.placement}, {self.pack} rows a line"

@@ -325,9 +325,25 @@ def test_stacks_stay_within_int32_and_take_as_many_tables_as_fit():
     with torch.device("meta"):
         tables = [RowTable(Table(f"t{k}", r, 1)) for k, r in enumerate([5, most - 2, 3, 2**30, 2**30 - 2**27, 7])]
         too_large = RowTable(Table("huge", most + 1, 1))
-    groups = [
-        [t.table.name for t in g] for _, g in row_store._grouped([("", t) for t in tables], lambda table: "sparse")
-    ]
+    groups = [[t.table.name for t in g] for _, g in row_store._grouped(tables, lambda table: "sparse")]
     assert groups == [["t0"], ["t1"], ["t2", "t3"], ["t4", "t5"]]
     with pytest.raises(UserError, match=r"table huge has .* rows, but .* are the most"):
-        list(row_store._grouped([("", too_large)], lambda table: "sparse"))
+        list(row_store._grouped([too_large], lambda table: "sparse"))
+
+
+def test_two_tables_of_one_description_keep_rows_of_their_own(tmp_path):
+    table = Table("same", 20, 3)
+
+    def model():
+        both = nn.Module()
+        both.left, both.right = RowTable(table), RowTable(table)
+        return both
+
+    start = model()
+    expected = {n: p.detach().clone() for n, p in start.named_parameters()}
+    store = RowStore(start, open_device("cpu"), RowSettings("sgd"), 1.0)
+    assert sorted(store.names) == ["left.weight", "right.weight"]
+    assert all(torch.equal(rows, expected[name]) for name, rows in store.tables())
+    other = RowStore(model(), open_device("cpu"), RowSettings("sgd"), 1.0)
+    other.load_tables(expected)
+    assert all(torch.equal(rows, expected[name]) for name, rows in other.tables())
