@@ -101,8 +101,12 @@ def combine_lookups(ids_N: Tensor, lookups: Sequence[Lookup], access: RowAccess)
     sorted_N, order_N = torch.sort(ids_N, stable=True)
     ids_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
     starts_U = counts_U.cumsum(0) - counts_U
-    slots_N, weights_N = (torch.cat(parts).index_select(0, order_N) for parts in (slots, weights))
-    return ids_U, access.sum_rows(torch.cat(grads), slots_N, starts_U, weights_N)
+    slots_N, weights_N = (_joined(parts).index_select(0, order_N) for parts in (slots, weights))
+    return ids_U, access.sum_rows(_joined(grads), slots_N, starts_U, weights_N)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def combine_duplicates(ids_N: Tensor, grads_ND: Tensor, past_end: int) -> tuple[Tensor, Tensor]:
@@ -157,7 +161,7 @@ class StackOptimizer(nn.Module):
 
     def step(self, stack: RowStack, learning_rate: float, step: Tensor) -> None:
         """Updates the rows looked up since the last step."""
-        ids_N = torch.cat([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
+        ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
         access = stack.device.rows
         plain = stack.rows.dtype == torch.float32 and self.settings.weight_decay == 0
         if stack.placement == "sparse" and plain and self.settings.name == "sgd" and access.sum_rows is None:
