@@ -44,15 +44,18 @@ def test_tensor_train_columns(dim, expected):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="tensorly is not installed")
-@pytest.mark.parametrize(("rows", "dim"), [(60, 8), (97, 13)])
-def test_tensor_train_from_a_table_by_tensorly(rows, dim):
+@pytest.mark.parametrize(("rows", "dim", "backend"), [(60, 8, "numpy"), (97, 13, "numpy"), (60, 8, "pytorch")])
+def test_tensor_train_from_a_table_by_tensorly(rows, dim, backend):
+    import tensorly as tl
+
     rng = np.random.default_rng(0)
     table = Table("t", rows, dim)
     weight = torch.from_numpy(rng.normal(size=(rows, dim)).astype(np.float32))
     ids = torch.arange(rows, dtype=torch.int32).unsqueeze(1)
     errors = []
     for rank in (1, 4, 64):
-        bag = TensorTrainBag.from_table(table, weight, rank)
+        with tl.backend_context(backend):  # whatever the rest of a program has chosen
+            bag = TensorTrainBag.from_table(table, weight, rank)
         errors.append((bag(ids, torch.ones(rows, 1)) - weight).norm().item() / weight.norm().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5, "at full rank the train is the table"
@@ -68,7 +71,8 @@ def test_tensor_train_rows_are_those_of_tensorlys_own_tt_matrix():
         (bag.core1, bag.core2, bag.core3), bag.rows, bag.columns, (1, 3, 3), (3, 3, 1), strict=True
     ):
         cores.append(core.detach().numpy().reshape(n, left, d, right).transpose(1, 0, 2, 3))
-    full = tl.tt_matrix_to_matrix(tl.tt_matrix.TTMatrix(cores))
+    with tl.backend_context("numpy"):
+        full = tl.tt_matrix_to_matrix(tl.tt_matrix.TTMatrix(cores))
     ids = torch.arange(60, dtype=torch.int32).unsqueeze(1)
     np.testing.assert_allclose(bag(ids, torch.ones(60, 1)).detach().numpy(), full[:60, :8], atol=1e-6)
 

@@ -88,6 +88,7 @@ class TensorTrainBag(nn.Module):
 
         weight_RD [num_rows, dim]. Rows and columns are padded with zeros up to the radices' products.
         """
+        import tensorly as tl
         from tensorly.decomposition import tensor_train_matrix
 
         if tuple(weight_RD.shape) != (table.num_rows, table.dim):
@@ -95,7 +96,8 @@ class TensorTrainBag(nn.Module):
         bag = cls(table, rank)
         padded = np.zeros((math.prod(bag.rows), math.prod(bag.columns)), dtype=np.float64)
         padded[: table.num_rows, : table.dim] = weight_RD.detach().cpu().numpy()
-        factors = tensor_train_matrix(padded.reshape(*bag.rows, *bag.columns), rank=[1, rank, rank, 1])
+        with tl.backend_context("numpy", local_threadsafe=True):  # importing tltorch, for one, makes torch the default
+            factors = tensor_train_matrix(padded.reshape(*bag.rows, *bag.columns), rank=[1, rank, rank, 1])
         with torch.no_grad():
             for core, factor in zip((bag.core1, bag.core2, bag.core3), factors, strict=True):
                 # tensorly: [left rank, row radix, column radix, right rank]; ranks that the table does not need are
