@@ -1,4 +1,4 @@
-"""Devices: the only file that knows that there are several, and the only one that imports torch_xla.
+"""Devices: the only file that knows that there are several; with `dlrm_xla.xla_steps`, all that imports torch_xla.
 
 A new backend is one new function here and one line in `_OPENERS`.
 """
@@ -63,7 +63,8 @@ class RowAccess:
 class Device:
     """What a training loop needs of a device.
 
-    ``place(module)`` moves a module there, ``compile(step, name)`` makes a step run as the device runs it best,
+    ``place(module)`` moves a module there, ``compile(step, name)`` makes a step run as the device runs it best: as
+    `dlrm_xla.xla_steps.RecordedStep` on xla, whose rules about a step hold for all,
     ``synchronize()`` waits for queued work, ``counters()`` reads the counts above, ``loud`` is a line that the user
     must not miss. ``capturable``: an optimizer must keep its step counts on the device.
 
@@ -180,6 +181,8 @@ def _xla() -> Device:
     import torch_xla.debug.metrics as metrics
     import torch_xla.runtime
 
+    from dlrm_xla.xla_steps import RecordedStep
+
     device = torch_xla.device()
     kind = torch_xla.runtime.device_type()
     loud = ""
@@ -196,20 +199,6 @@ def _xla() -> Device:
             for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
                 tensor.copy_(host.pop(name))
         return module
-
-    def compile(step: Step, name: str) -> Step:
-        compiled = torch_xla.compile(step, full_graph=True, name=name, max_different_graphs=1)
-
-        def run(*args: Any) -> Any:
-            try:
-                return compiled(*args)
-            except RuntimeError as error:
-                raise UserError(
-                    f"the {name} step is not one XLA graph: {_first_line(error)}. Some module reads a device value on "
-                    "the host (.item(), an if on a tensor) or has shapes that depend on the data; look at the plugins."
-                ) from error
-
-        return run
 
     def synchronize() -> None:
         # A sync waits for the graph that it sends off; a compiled step has sent its own.
@@ -240,7 +229,7 @@ def _xla() -> Device:
         device,
         f"XLA on {kind}",
         place,
-        compile,
+        RecordedStep,
         synchronize,
         counters,
         rows,
@@ -301,10 +290,6 @@ def _xla_scatter_op() -> Callable[[Tensor, Tensor, Tensor, bool], None]:
         array.copy_(op(array, torch.stack(at, 1), values.to(array.dtype), add=add))
 
     return scatter
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _OPENERS: dict[str, Callable[[], Device]] = {"cpu": _cpu, "cuda": _cuda, "xla": _xla}

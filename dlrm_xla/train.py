@@ -79,11 +79,7 @@ class Steps:
     def train(self, packed: PackedBatch, step: int) -> None:
         """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
         self._check_ids(packed, f"training step {step + 1}")
-        factor = learning_rate_factor(self.config, step)
-        for group in self.dense.param_groups:
-            group["lr"] = self.config.dense_lr * factor
-        self.rows.learning_rate = self.config.row_lr * factor
-        self._train(packed.to(self.device.torch_device))
+        self._train(packed.to(self.device.torch_device), rate=learning_rate_factor(self.config, step))
 
     def evaluate(self, packed: PackedBatch) -> Tensor:
         """Logits of one batch, float32, still on the device."""
@@ -105,7 +101,8 @@ class Steps:
     def mean_loss(self) -> float:
         """Mean loss of the samples since the last call; waits for the device."""
         loss, count = self.loss_and_count.cpu().tolist()
-        self.loss_and_count = self._zeros()
+        with torch.no_grad():
+            self.loss_and_count.copy_(self._zeros())
         return float(loss / count) if count else math.nan
 
     def _zeros(self) -> Tensor:
@@ -118,9 +115,11 @@ class Steps:
             logits_B: Tensor = self.model(batch.dense_BI, batch.ids, batch.weights)
         return logits_B.float()
 
-    def _train_step(self, packed: PackedBatch) -> None:
+    def _train_step(self, packed: PackedBatch, rate: float) -> None:
+        for group in self.dense.param_groups:
+            group["lr"] = self.config.dense_lr * rate
+        self.rows.learning_rate = self.config.row_lr * rate
         self.model.train()
-        self.dense.zero_grad(set_to_none=True)
         count = (packed.labels_B >= 0).float().sum()
         totals = []
         for part in packed.split(self.config.micro_batches):
@@ -131,6 +130,7 @@ class Steps:
             torch.autograd.backward(total / count)
             totals.append(total.detach())
         self.dense.step()
+        self.dense.zero_grad(set_to_none=True)
         self.rows.step()
         with torch.no_grad():
             self.loss_and_count += torch.stack([torch.stack(totals).sum(), count])

@@ -154,7 +154,7 @@ def _dense_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.O
     return kinds.get(name, torch.optim.Adagrad)(parameters, lr=LEARNING_RATE, foreach=False)  # type: ignore[no-any-return]
 
 
-def _one_table(case: Case, model: nn.Module, bag: nn.Module, update: Callable[[], None]) -> Repetition:
+def _one_table(case: Case, model: nn.Module, bag: nn.Module, update: Callable[[], list[Tensor] | None]) -> Repetition:
     device = case.device
     where = device.torch_device
     batches = [ids.to(where) for ids in case.ids()]
@@ -167,9 +167,9 @@ def _one_table(case: Case, model: nn.Module, bag: nn.Module, update: Callable[[]
             out: Tensor = bag(ids, weights)
             return out
 
-    def train(ids: Tensor) -> None:
+    def train(ids: Tensor) -> list[Tensor] | None:
         torch.autograd.backward(bag(ids, weights), gradient)
-        update()
+        return update()
 
     step = device.compile(look_up if case.what == "lookup" else train, case.what)
     return lambda k: step(batches[k % NUM_BATCHES])
@@ -242,9 +242,9 @@ def _plain_dlrm(
     loss = nn.BCEWithLogitsLoss()
 
     def train(dense: Tensor, ids: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss(moved(dense, ids, case.bag), labels))
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     step = device.compile(train, "plain")
     batches = _packed(case)
@@ -318,11 +318,14 @@ def tt(case: Case, rank: int) -> Repetition:
     model.bag = TensorTrainBag(_tables(case)[0], rank)
     case.device.place(model)
 
-    def forget() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
+    return _one_table(case, model, model.bag, lambda: _take_gradients(model))
 
-    return _one_table(case, model, model.bag, forget)
+
+def _take_gradients(model: nn.Module) -> list[Tensor]:
+    # Returned, for XLA computes nothing that nobody can read.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return gradients
 
 
 def tltorch_tt(case: Case, rank: int) -> Repetition | None:
@@ -340,9 +343,5 @@ def tltorch_tt(case: Case, rank: int) -> Repetition | None:
             vectors: Tensor = layer(ids.long())
             return vectors.sum(1)
 
-    def forget() -> None:
-        for parameter in layer.parameters():
-            parameter.grad = None
-
     bag = Bag()
-    return _one_table(case, bag, bag, forget)
+    return _one_table(case, bag, bag, lambda: _take_gradients(layer))
