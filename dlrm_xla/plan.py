@@ -53,8 +53,16 @@ class TrainingBytes:
 
 
 def bytes_kept(module: nn.Module) -> int:
-    """Bytes that must be kept to serve: every parameter and every buffer of the state dict."""
-    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    """Bytes that must be kept to serve: every parameter and every buffer of the state dict.
+
+    A bag that stores less than it trains, as quantized rows do, says so by a method ``bytes_to_serve()``.
+    """
+    stored = getattr(module, "bytes_to_serve", None)
+    if stored is not None:
+        return int(stored())
+    own: dict[str, torch.Tensor] = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    return sum(t.numel() * t.element_size() for t in own.values()) + sum(bytes_kept(m) for m in module.children())
 
 
 def plan(

@@ -5,10 +5,13 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
+from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
 
 from dlrm_xla import registry
 from dlrm_xla.contract import Table
+from dlrm_xla.plan import bytes_kept
 from dlrm_xla.rows import RowTable
 from dlrm_xla.testing import BagContract
 
@@ -19,16 +22,25 @@ COMPOSITIONS = [
     "hash_rows:rows=1500,method=multiply_shift",
     "quotient_remainder:op=add,collisions=7",
     "hash_rows:rows=4000+tensorly_tt:rank=3",
+    "hash_rows:rows=1500,method=signed",
+    "hot_cold:hot=200+tensorly_tt",
+    "hot_cold:hot=100+hash_rows:rows=500+random_projection",
+    "quotient_remainder+int4",
+    "count_sketch:rows=1000,hashes=1",
 ]
+# What brings no smaller table of its own, and so stands before or behind another plugin.
+COMPANIONS = {"hot_cold": "hot_cold+hash_rows:rows=500"}
 
 
-@pytest.mark.parametrize("spec", [*sorted(registry.installed()), *COMPOSITIONS])
+@pytest.mark.parametrize(
+    "spec", [*sorted({*registry.installed()} - {*COMPANIONS}), *COMPANIONS.values(), *COMPOSITIONS]
+)
 class TestContract(BagContract):
     @pytest.fixture(autouse=True)
     def _spec(self, spec):
         self.plugin = spec
         # Hashing is meant to merge some ids; a hash of 1500 buckets still keeps most of 256 neighbours apart.
-        self.distinct_share = 0.7 if "multiply_shift" in spec else 0.9
+        self.distinct_share = 0.7 if "multiply_shift" in spec else 0.0 if spec == "top_rows" else 0.9
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 997, 7919, 104729, 10131227, 2**31 - 1])
@@ -107,3 +119,113 @@ def test_random_projection_keeps_lengths_on_average(kind):
         row = bag.bag.weight[1]
         ratios.append(((row @ bag.matrix).square().sum() / row.square().sum() / 8).item())
     assert np.mean(ratios) == pytest.approx(1.0, rel=0.05)
+
+
+def _rows(bag, count):
+    with torch.no_grad():
+        return bag(torch.arange(count, dtype=torch.int32).unsqueeze(1), torch.ones(count, 1))
+
+
+def _made(spec, table):
+    torch.manual_seed(0)
+    return registry.compose(registry.parse(spec), RowTable)(table)
+
+
+def test_top_rows_and_hot_cold_keep_the_frequent_ids_apart():
+    top = _rows(_made("top_rows:rows=10", Table("t", 50, 4)), 50)
+    assert len(top.unique(dim=0)) == 10
+    assert (top[9:] == top[9]).all(), "the rest is one row"
+    bag = _made("hot_cold:hot=10+hash_rows:rows=5", Table("t", 50, 4))
+    assert torch.equal(_rows(bag, 10), bag.hot_bag.weight)
+    assert len(_rows(bag, 50)[10:].unique(dim=0)) == 4, "one row of five is of missing ids, and those are hot"
+
+
+def test_double_hash_gives_rare_ids_two_shared_rows():
+    bag = _made("double_hash:rows=20", Table("t", 500, 4))
+    weight = bag.bag.weight.detach()
+    rows = _rows(bag, 500)
+    assert torch.equal(rows[:10], weight[:10])
+    pairs = ((weight[10:, None] + weight[None, 10:]) / 2**0.5).reshape(-1, 4)
+    assert torch.cdist(rows[10:], pairs).amin(1).max() < 1e-6
+
+
+def test_hash_embeddings_weigh_shared_rows_by_the_ids_own_numbers():
+    bag = _made("hash_embeddings:rows=7,hashes=3", Table("t", 40, 4))
+    ids = torch.arange(40, dtype=torch.int32)
+    own, shared = bag.own.weight.detach(), bag.shared.weight.detach()
+    expected = sum(own[:, k : k + 1] * shared[mapping(ids).long()] for k, mapping in enumerate(bag.mappings))
+    torch.testing.assert_close(_rows(bag, 40), expected)
+
+
+def test_robe_puts_vectors_together_from_blocks():
+    bag = _made("robe:blocks=9,width=3", Table("t", 30, 7))
+    blocks = {tuple(b) for b in torch.cat([bag.bag.weight, -bag.bag.weight]).tolist()}
+    for row in _rows(bag, 30):
+        assert tuple(row[:3].tolist()) in blocks
+        assert tuple(row[3:6].tolist()) in blocks
+
+
+def test_srht_rows_are_orthogonal_signs():
+    matrix = _made("srht:dim=6", Table("t", 5000, 16)).matrix
+    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(6) * 16 / 6)
+    assert matrix.abs().unique().numel() == 1
+
+
+def test_mixed_dim_narrows_longer_tables():
+    kept = [bytes_kept(_made("mixed_dim", Table("t", rows, 16))) / rows / 4 for rows in (500, 2000, 20_000, 200_000)]
+    assert kept[0] == 16
+    assert kept == sorted(kept, reverse=True)
+    assert kept[3] == pytest.approx(16 * 200**-0.3, abs=0.5)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dim", [16, 5])
+def test_quantized_rows_are_those_that_their_stored_bytes_give_back(bits, dim):
+    table = Table("t", 200, dim)
+    bag = _made(f"int{bits}", table)
+    weight = bag.bag.weight.detach()
+    codes, scales = quantize(weight, bits)
+    packed = pack(codes, bits)
+    assert packed.numel() + scales.numel() * 2 == bytes_kept(bag)
+    stored = dequantize(unpack(packed, dim, bits), scales)
+    torch.testing.assert_close(_rows(bag, 200), stored, atol=1e-8, rtol=1e-6)
+    levels = (torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + 0.5) * scales.float().unsqueeze(2)
+    nearest = (levels - weight.unsqueeze(2)).abs().amin(2)
+    torch.testing.assert_close((stored - weight).abs(), nearest, atol=1e-6, rtol=1e-3)
+
+
+def test_a_row_of_zeros_is_stored_as_zeros():
+    codes, scales = quantize(torch.zeros(2, 4), 4)
+    assert (dequantize(codes, scales) == 0).all()
+
+
+def test_quantized_rows_go_last():
+    with pytest.raises(ValueError, match=r"write it last, as in hash_rows\+int4"):
+        _made("int4+hash_rows:rows=10", Table("t", 100, 8))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="tensorly is not installed")
+@pytest.mark.parametrize("kind", [CPBag, TuckerBag])
+def test_a_table_of_low_rank_is_found_again_by_tensorly(kind):
+    """A table made by a small bag is decomposed into a bag that gives the same rows."""
+    table = Table("t", 4 * 5 * 3, 6)
+    torch.manual_seed(3)
+    weight = _rows(kind(table, 2), table.num_rows)
+    found = _rows(kind.from_table(table, weight, 3), table.num_rows)
+    # Alternating least squares stops where it hardly gains.
+    assert (found - weight).norm() < 0.05 * weight.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tltorch") is None, reason="tensorly-torch is not installed")
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+def test_factor_rows_are_those_of_tensorlys_own_rebuilt_tensor(kind):
+    import tensorly as tl
+
+    bag = {"cp": CPBag, "tucker": TuckerBag}[kind](Table("t", 60, 6), 3)
+    factors = [f.detach().numpy() for f in (bag.factor1, bag.factor2, bag.factor3)]
+    with tl.backend_context("numpy"):
+        if kind == "cp":
+            full = tl.cp_to_tensor((np.ones(3), [*factors, bag.columns.detach().numpy()]))
+        else:
+            full = tl.tucker_to_tensor((bag.core.detach().numpy().reshape(3, 3, 3, 6), [*factors, np.eye(6)]))
+    np.testing.assert_allclose(_rows(bag, 60).numpy(), full.reshape(-1, 6)[:60], atol=1e-5)

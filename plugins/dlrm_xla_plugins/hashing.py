@@ -12,23 +12,21 @@ from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.ids import divide_ids
-
-# Knuth's multiplicative constant, floor(2^32 / golden ratio), as a signed 32-bit number.
-_GOLDEN = 2654435769 - 2**32
+from dlrm_xla_plugins import hashes
 
 
 def hash_rows(
-    table: Table, inner: MakeBag, *, rows: int = 2000, method: Literal["mod", "multiply_shift"] = "mod"
+    table: Table, inner: MakeBag, *, rows: int = 2000, method: Literal["mod", "multiply_shift", "signed"] = "mod"
 ) -> nn.Module:
     """Hashing trick: ids of a table above ``rows`` rows share that many by a hash.
 
-        e_i = W[h(i)],  h(0) = 0,  h(i) = 1 + hash(i - 1) mod (rows - 1)
+        e_i = s(i) W[h(i)],  h(0) = 0,  h(i) = 1 + hash(i - 1) mod (rows - 1),  s(i) = 1, or +-1 with ``signed``
 
-    With ``mod`` the ``rows`` - 1 hottest ids never meet each other, because ids are ordered by frequency. The row
-    for missing ids is shared with nobody. Keeps rows x dim numbers; a table with no more rows stays as it is.
+    With ``mod`` and ``signed`` the ``rows`` - 1 hottest ids never meet each other, because ids are ordered by
+    frequency. The row for missing ids is shared with nobody. Keeps rows x dim numbers; a table with no more rows
+    stays as it is.
 
-    Weinberger et al. 2009, "Feature Hashing for Large Scale Multitask Learning", section 2; multiplicative hash
-    after Knuth, TAOCP 3, section 6.4.
+    Weinberger et al. 2009, "Feature Hashing for Large Scale Multitask Learning", section 2.
     """
     if rows < 2:
         raise ValueError(f"hash_rows: rows is {rows}, but must be at least 2: one for missing ids, one for the rest")
@@ -36,29 +34,211 @@ def hash_rows(
         return inner(table)
     shorter = replace(table, name=f"{table.name}.hashed", num_rows=rows, std=table.start_std)
     buckets = rows - 1
-    if method == "mod":
-        return MappedIds(inner(shorter), lambda ids: torch.where(ids == 0, ids, 1 + (ids - 1) % buckets))
 
-    def mixed(ids: Tensor) -> Tensor:
-        # Masked before the shift: torch_xla 2.9 shifts a negative number as if it divided, rounding towards zero.
-        product = ((ids - 1) * _GOLDEN).bitwise_and(0x7FFFFFFF)
-        # The high bits are the well mixed ones.
-        return torch.where(ids == 0, ids, 1 + ((product >> 15) ^ product) % buckets)
+    def hashed(ids: Tensor) -> Tensor:
+        found = hashes.bucket(ids - 1, buckets) if method == "multiply_shift" else (ids - 1) % buckets
+        return torch.where(ids == 0, ids, 1 + found)
 
-    return MappedIds(inner(shorter), mixed)
+    return MappedIds(inner(shorter), hashed, hashes.sign if method == "signed" else None)
+
+
+def top_rows(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
+    """The most frequent ids keep rows of their own, all others share one: the line that a method must beat.
+
+        e_i = W[min(i, rows - 1)],  id 0, missing, among those with a row of its own
+
+    Keeps rows x dim numbers; a table with no more rows stays as it is.
+    """
+    if rows < 2:
+        raise ValueError(f"top_rows: rows is {rows}, but must be at least 2: one for missing ids, one for the rest")
+    if table.num_rows <= rows:
+        return inner(table)
+    shorter = replace(table, name=f"{table.name}.top", num_rows=rows, std=table.start_std)
+    return MappedIds(inner(shorter), lambda ids: ids.clamp(max=rows - 1))
 
 
 class MappedIds(nn.Module):
-    """A bag over a table whose ids are computed from the feature's ids."""
+    """A bag over a table whose ids are computed from the feature's ids, and a factor of each row too."""
 
-    def __init__(self, bag: nn.Module, mapping: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, bag: nn.Module, mapping: Callable[[Tensor], Tensor], factor: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.bag = bag
         self.mapping = mapping
+        self.factor = factor
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        if self.factor is not None:
+            weights_BL = weights_BL * self.factor(ids_BL)
         out_BD: Tensor = self.bag(self.mapping(ids_BL), weights_BL)
         return out_BD
+
+
+def double_hash(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
+    """Two hashes for each rare id, a row of its own for each frequent one.
+
+        e_i = W[i] for i < rows / 2,  else (W[h1(i)] + W[h2(i)]) / sqrt(2),  h1, h2 from rows / 2 to rows - 1
+
+    Two rare ids share their vector only if they share both rows. Keeps rows x dim numbers; a table with no more rows
+    stays as it is.
+
+    Zhang et al. 2020, "Model Size Reduction Using Frequency Based Double Hashing for Recommender Systems".
+    """
+    if rows < 4:
+        raise ValueError(f"double_hash: rows is {rows}, but must be at least 4: two for hot ids, two for the rest")
+    if table.num_rows <= rows:
+        return inner(table)
+    shorter = replace(table, name=f"{table.name}.double", num_rows=rows, std=table.start_std)
+    return SketchBag(inner(shorter), rows, hot=rows // 2, num_hashes=2, signed=False)
+
+
+def count_sketch(table: Table, inner: MakeBag, *, rows: int = 2000, hashes: int = 3) -> nn.Module:
+    """Count sketch: each vector is the signed mean of a few shared rows, a linear random projection of the table.
+
+        e_i = (s_1(i) W[h_1(i)] + ... + s_k(i) W[h_k(i)]) / sqrt(k),  each h_k into a part of rows / k rows of its own
+
+    Keeps rows x dim numbers. All ids are treated alike; ``double_hash`` tells the frequent ones apart.
+
+    The adjoint of the sketch of Charikar, Chen, Farach-Colton 2002, "Finding Frequent Items in Data Streams".
+    """
+    if not 1 <= hashes <= rows:
+        raise ValueError(f"count_sketch: hashes is {hashes}, but must be from 1 to rows = {rows}")
+    shorter = replace(table, name=f"{table.name}.sketch", num_rows=rows, std=table.start_std)
+    return SketchBag(inner(shorter), rows, hot=0, num_hashes=hashes, signed=True)
+
+
+class SketchBag(nn.Module):
+    """Ids below ``hot`` have a row of their own, the others a sum of ``num_hashes`` shared rows, over its root."""
+
+    def __init__(self, bag: nn.Module, rows: int, *, hot: int, num_hashes: int, signed: bool) -> None:
+        super().__init__()
+        self.bag = bag
+        self.hot = hot
+        self.signed = signed
+        # Signed sketches keep their hashes in parts of their own, so that no two terms of one id are one row.
+        shared = rows - hot
+        parts = num_hashes if signed else 1
+        self.parts = [
+            (hot + shared * p // parts, shared * (p + 1) // parts - shared * p // parts) for p in range(parts)
+        ]
+        self.num_hashes = num_hashes
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        places, weights = [], []
+        cold_BL = (ids_BL >= self.hot).to(weights_BL.dtype)
+        for k in range(self.num_hashes):
+            start, size = self.parts[k % len(self.parts)]
+            hashed_BL = start + hashes.bucket(ids_BL, size, k)
+            weight_BL = weights_BL * (cold_BL / math.sqrt(self.num_hashes))
+            if self.signed:
+                weight_BL = weight_BL * hashes.sign(ids_BL, k)
+            if self.hot:
+                hashed_BL = torch.where(ids_BL < self.hot, ids_BL, hashed_BL)
+                if k == 0:
+                    weight_BL = weight_BL + weights_BL * (1 - cold_BL)
+            places.append(hashed_BL)
+            weights.append(weight_BL)
+        out_BD: Tensor = self.bag(torch.cat(places, 1), torch.cat(weights, 1))
+        return out_BD
+
+
+def hash_embeddings(table: Table, inner: MakeBag, *, rows: int = 1000, hashes: int = 2) -> nn.Module:
+    """Shared rows weighted by numbers of the id's own.
+
+        e_i = p[i, 1] B[h_1(i)] + ... + p[i, k] B[h_k(i)]
+
+    Keeps rows x dim + num_rows x k numbers, so no less than k / dim of the exact table. B starts like the exact
+    table, p with variance 1 / k.
+
+    Svenstrup, Hansen, Winther 2017, "Hash Embeddings for Efficient Word Representations", section 3.
+    """
+    if rows < 1 or hashes < 1:
+        raise ValueError(f"hash_embeddings: rows is {rows} and hashes {hashes}, but both must be at least 1")
+    return _weighted(table, inner, rows, hashes, "hash")
+
+
+def memcom(table: Table, inner: MakeBag, *, rows: int = 1000) -> nn.Module:
+    """A shared row times one number of the id's own.
+
+        e_i = v[i] U[i mod rows]
+
+    Keeps rows x dim + num_rows numbers, so no less than 1 / dim of the exact table. U starts like the exact table, v
+    with variance 1.
+
+    Pansare et al. 2022, "Learning Compressed Embeddings for On-Device Inference" (MEmCom).
+    """
+    if rows < 1:
+        raise ValueError(f"memcom: rows is {rows}, but must be at least 1")
+    return _weighted(table, inner, rows, 1, "mod")
+
+
+def _weighted(table: Table, inner: MakeBag, rows: int, num_hashes: int, kind: str) -> nn.Module:
+    rows = min(rows, table.num_rows)
+    std = 1 / math.sqrt(num_hashes)
+    return WeightedRowsBag(
+        inner(replace(table, name=f"{table.name}.shared", num_rows=rows, std=table.start_std)),
+        inner(replace(table, name=f"{table.name}.own", dim=num_hashes, std=std)),
+        [_bucket_of(kind, rows, k) for k in range(num_hashes)],
+    )
+
+
+def _bucket_of(kind: str, rows: int, seed: int) -> Callable[[Tensor], Tensor]:
+    return (lambda ids: ids % rows) if kind == "mod" else (lambda ids: hashes.bucket(ids, rows, seed))
+
+
+class WeightedRowsBag(nn.Module):
+    """out_b = sum_l w[b, l] sum_k p[i, k] B[h_k(i)], i = ids[b, l]."""
+
+    def __init__(self, shared: nn.Module, own: nn.Module, mappings: list[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.shared = shared
+        self.own = own
+        self.mappings = mappings
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        # A bag of one slot gives the row itself, times its weight.
+        own_NK: Tensor = self.own(ids_BL.reshape(-1, 1), weights_BL.reshape(-1, 1))
+        weights_BLK = own_NK.view(*ids_BL.shape, len(self.mappings))
+        places_BLK = torch.stack([mapping(ids_BL) for mapping in self.mappings], 2)
+        out_BD: Tensor = self.shared(places_BLK.flatten(1), weights_BLK.flatten(1))
+        return out_BD
+
+
+def robe(table: Table, inner: MakeBag, *, blocks: int = 4000, width: int = 4) -> nn.Module:
+    """Random offset block embedding: a vector is put together from blocks of one shared array.
+
+        e_i = [s_1(i) A[h_1(i)], ..., s_c(i) A[h_c(i)]],  c = ceil(dim / width) blocks of ``width`` numbers, s = +-1
+
+    Keeps blocks x width numbers per table. Blocks begin at multiples of their width, so that a lookup is a row of the
+    row store; the paper's begin anywhere. Each table has an array of its own, capped with the table's budget.
+
+    Desai, Chou, Shrivastava 2022, "Random Offset Block Embedding Array (ROBE)".
+    """
+    if blocks < 1 or not 1 <= width <= table.dim:
+        raise ValueError(
+            f"robe: blocks is {blocks} and width {width}, but must be at least 1, width at most {table.dim}"
+        )
+    array = replace(table, name=f"{table.name}.blocks", num_rows=blocks, dim=width, std=table.start_std)
+    return BlocksBag(inner(array), blocks, -(-table.dim // width), table.dim)
+
+
+class BlocksBag(nn.Module):
+    """Concatenation of signed, pooled blocks; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, bag: nn.Module, blocks: int, num_parts: int, dim: int) -> None:
+        super().__init__()
+        self.bag = bag
+        self.blocks = blocks
+        self.num_parts = num_parts
+        self.dim = dim
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        parts = [
+            self.bag(hashes.bucket(ids_BL, self.blocks, k), weights_BL * hashes.sign(ids_BL, k))
+            for k in range(self.num_parts)
+        ]
+        return torch.cat(parts, 1)[:, : self.dim]
 
 
 def quotient_remainder(

@@ -41,15 +41,44 @@ def random_projection(
     return ProjectedBag(inner(narrow), matrix)
 
 
+def srht(table: Table, inner: MakeBag, *, dim: int = 4) -> nn.Module:
+    """Subsampled randomized Hadamard transform: narrow rows times a few orthogonal rows of random signs.
+
+        e_i = S[i] P,   P [dim, D] = sqrt(1 / dim) R H F: F random signs, H a Hadamard matrix, R ``dim`` of its rows
+
+    P's rows are orthogonal, so nothing of a narrow row is lost, where gaussian ones may nearly coincide. Keeps
+    num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
+
+    Ailon & Chazelle 2009, "The Fast Johnson-Lindenstrauss Transform"; Tropp 2011, "Improved Analysis of the Subsampled
+    Randomized Hadamard Transform", section 1.
+    """
+    if not 1 <= dim < table.dim:
+        raise ValueError(f"srht: dim is {dim}, but must be from 1 to {table.dim - 1}, below the table's {table.dim}")
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < table.dim:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    chosen = torch.rand(len(hadamard)).argsort()[:dim]
+    signs = torch.randint(0, 2, (table.dim,)) * 2.0 - 1
+    matrix = hadamard.index_select(0, chosen)[:, : table.dim] * signs / math.sqrt(dim)
+    narrow = replace(table, name=f"{table.name}.narrow", dim=dim, std=table.start_std)
+    return ProjectedBag(inner(narrow), matrix)
+
+
 class ProjectedBag(nn.Module):
-    """out_BD = bag(ids, weights) P: the sum of a bag is projected once, which is the same by linearity."""
+    """out_BD = bag(ids, weights) P: the sum of a bag is projected once, which is the same by linearity.
+
+    P [d, D] is trained where it is a parameter, and fixed where it is not.
+    """
 
     matrix: Tensor
 
     def __init__(self, bag: nn.Module, matrix: Tensor) -> None:
         super().__init__()
         self.bag = bag
-        self.register_buffer("matrix", matrix)
+        if isinstance(matrix, nn.Parameter):
+            self.matrix = matrix
+        else:
+            self.register_buffer("matrix", matrix)
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         out_BD: Tensor = self.bag(ids_BL, weights_BL) @ self.matrix

@@ -1,0 +1,48 @@
+"""Frequent and rare ids apart: ids are ordered by frequency, so no map is needed to tell them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.rows import RowTable
+
+
+def hot_cold(table: Table, inner: MakeBag, *, hot: int = 1000) -> nn.Module:
+    """The most frequent ids have exact rows, the rest whatever is composed behind.
+
+        e_i = H[i] for i < hot,  else inner's row i - hot + 1
+
+    Keeps hot x dim numbers and what ``inner`` keeps of the other rows; write it before another plugin, as in
+    ``hot_cold:hot=500+tensorly_tt``. A table of no more than ``hot`` rows stays as it is.
+
+    Zhang et al. 2023, "Experimental Analysis of Large-scale Learnable Vector Storage Compression" (VLDB 2024), compare
+    such splits; CAFE (Zhang et al. 2024) finds the hot ids online, and counting them beforehand does as well.
+    """
+    if hot < 1:
+        raise ValueError(f"hot_cold: hot is {hot}, but must be at least 1")
+    exact = replace(table, name=f"{table.name}.hot", num_rows=min(hot, table.num_rows), std=table.start_std)
+    if table.num_rows <= hot:
+        return RowTable(replace(table, std=table.start_std))
+    # Row 0 of the rest is of missing ids, which are hot: it stays unused.
+    rest = replace(table, name=f"{table.name}.cold", num_rows=table.num_rows - hot + 1, std=table.start_std)
+    return HotColdBag(RowTable(exact), inner(rest), hot)
+
+
+class HotColdBag(nn.Module):
+    """Sum of the hot ids' bag and the cold ids' bag; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, hot_bag: nn.Module, cold_bag: nn.Module, hot: int) -> None:
+        super().__init__()
+        self.hot_bag = hot_bag
+        self.cold_bag = cold_bag
+        self.hot = hot
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        is_hot_BL = ids_BL < self.hot
+        hot_BD: Tensor = self.hot_bag(torch.where(is_hot_BL, ids_BL, 0), weights_BL * is_hot_BL)
+        cold_BD: Tensor = self.cold_bag(torch.where(is_hot_BL, 0, ids_BL - self.hot + 1), weights_BL * ~is_hot_BL)
+        return hot_BD + cold_BD

@@ -1,0 +1,44 @@
+"""Low rank: narrow rows, widened by a trained matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla_plugins.projection import ProjectedBag
+
+
+def low_rank(table: Table, inner: MakeBag, *, rank: int = 4) -> nn.Module:
+    """Narrow rows times a trained matrix.
+
+        e_i = U[i] V,   U [num_rows, rank], V [rank, dim]
+
+    Keeps num_rows x rank + rank x dim numbers, so no less than 1 / dim of the exact table. U starts with the exact
+    table's standard deviation, V normal(0, 1/rank).
+
+    Eckart & Young 1936: the best approximation of a table with that many numbers a row.
+    """
+    if not 1 <= rank < table.dim:
+        raise ValueError(f"low_rank: rank is {rank}, but must be from 1 to {table.dim - 1}, below the table's width")
+    narrow = replace(table, name=f"{table.name}.narrow", dim=rank, std=table.start_std)
+    matrix = torch.empty(rank, table.dim).normal_(std=1 / math.sqrt(rank))
+    return ProjectedBag(inner(narrow), nn.Parameter(matrix))
+
+
+def mixed_dim(table: Table, inner: MakeBag, *, full_rows: int = 1000, alpha: float = 0.3) -> nn.Module:
+    """Mixed dimensions: the longer a table, the narrower its rows, widened by a trained matrix.
+
+        d = max(1, round(dim (full_rows / num_rows)^alpha)),  e_i = U[i] V as in ``low_rank`` with rank d
+
+    A table of up to ``full_rows`` rows is as wide as an exact one. Keeps num_rows x d + d x dim numbers.
+
+    Ginart et al. 2021, "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems".
+    """
+    if full_rows < 1 or not 0 <= alpha <= 1:
+        raise ValueError(f"mixed_dim: full_rows is {full_rows} and alpha {alpha}; at least 1, and from 0 to 1")
+    rank = max(1, round(table.dim * (full_rows / table.num_rows) ** alpha))
+    return inner(table) if rank >= table.dim else low_rank(table, inner, rank=rank)

@@ -1,0 +1,99 @@
+"""Quantized rows: trained in float32 as if they were stored in a few bits, and stored so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.rows import RowTable
+
+
+def int8(table: Table, inner: MakeBag) -> nn.Module:
+    """Rows of 8-bit integers and a scale each, with quantization-aware training.
+
+        e_i = s_i (q_i + 1/2),  q_i = floor(W[i] / s_i) in -2^(b-1) .. 2^(b-1) - 1,  s_i = max|W[i]| / (2^(b-1) - 1/2)
+
+    Keeps num_rows x (dim b / 8 + 2) bytes: the scale is a float16. Levels lie symmetrically around zero, so that two
+    bits have four. Training keeps W in float32 and takes the gradient of rounding as 1 (straight through).
+
+    Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+    section 3; Guan et al. 2019, "Post-Training 4-bit Quantization on Embedding Tables", for a scale per row.
+    """
+    return _quantized(table, inner, 8)
+
+
+def int4(table: Table, inner: MakeBag) -> nn.Module:
+    """Rows of 4-bit integers and a scale each, with quantization-aware training; formula and sources as ``int8``."""
+    return _quantized(table, inner, 4)
+
+
+def int2(table: Table, inner: MakeBag) -> nn.Module:
+    """Rows of 2-bit integers and a scale each, with quantization-aware training; formula and sources as ``int8``."""
+    return _quantized(table, inner, 2)
+
+
+def _quantized(table: Table, inner: MakeBag, bits: int) -> nn.Module:
+    bag = inner(table)
+    if not isinstance(bag, RowTable):
+        raise ValueError(
+            f"int{bits} stores rows, so nothing can stand behind it; write it last, as in hash_rows+int{bits}"
+        )
+    return QuantizedBag(bag, table, bits)
+
+
+class QuantizedBag(nn.Module):
+    """Weighted sum of rows that are rounded to 2^bits levels; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, bag: nn.Module, table: Table, bits: int) -> None:
+        super().__init__()
+        self.bag = bag
+        self.table = table
+        self.bits = bits
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
+        weights_N1 = weights_BL.reshape(-1, 1)
+        real_N1 = (weights_N1 != 0).to(weights_BL.dtype)
+        rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), real_N1)
+        codes_ND, scales_N1 = quantize(rows_ND.detach(), self.bits)
+        rounded_ND = rows_ND + (dequantize(codes_ND, scales_N1) - rows_ND).detach()
+        return (rounded_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
+
+    def bytes_to_serve(self) -> int:
+        """Bytes of packed codes and scales."""
+        return self.table.num_rows * (-(-self.table.dim * self.bits // 8) + 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.table.name}, {self.bits} bits"
+
+
+def quantize(rows_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Nearest of 2^bits levels: codes [N, D], whole numbers as float32 from -2^(bits-1), and float16 scales [N, 1]."""
+    half = 2 ** (bits - 1)
+    scales_N1 = (rows_ND.abs().amax(1, keepdim=True) / (half - 0.5)).half()
+    # A row too small for float16 has the scale 0, and is 0.
+    steps_N1 = torch.where(scales_N1 == 0, 1, scales_N1.float())
+    return (rows_ND / steps_N1).floor().clamp(-half, half - 1), scales_N1
+
+
+def dequantize(codes_ND: Tensor, scales_N1: Tensor) -> Tensor:
+    """s (q + 1/2), float32 [N, D]."""
+    return (codes_ND + 0.5) * scales_N1.float()
+
+
+def pack(codes_ND: Tensor, bits: int) -> Tensor:
+    """Codes side by side in bytes, the first in the lowest bits: uint8 [N, ceil(D bits / 8)]."""
+    per_byte = 8 // bits
+    shifted = (codes_ND + 2 ** (bits - 1)).to(torch.int32)
+    shifted = torch.nn.functional.pad(shifted, (0, -shifted.shape[1] % per_byte)).view(len(shifted), -1, per_byte)
+    bytes_NC: Tensor = (shifted << (torch.arange(per_byte, dtype=torch.int32) * bits)).sum(2)
+    return bytes_NC.to(torch.uint8)
+
+
+def unpack(packed: Tensor, dim: int, bits: int) -> Tensor:
+    """The codes that ``pack`` was given, float32 [N, dim]."""
+    places = torch.arange(8 // bits, dtype=torch.int32) * bits
+    codes = (packed.to(torch.int32).unsqueeze(2) >> places) & (2**bits - 1)
+    codes_ND: Tensor = codes.flatten(1)[:, :dim].float() - 2 ** (bits - 1)
+    return codes_ND

@@ -1,0 +1,143 @@
+"""Tables as CP and Tucker decompositions of a tensor whose modes are the digits of the row number, and the column."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.ids import divide_ids
+from dlrm_xla_plugins.tensor_train import row_radices
+
+
+def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32) -> nn.Module:
+    """Canonical polyadic decomposition: a row is a product of three factors' rows, widened by a fourth.
+
+        i -> (i1, i2, i3) in mixed radix (n1, n2, n3),  e_i = (A[i1] * B[i2] * C[i3]) D^T,   * element by element
+
+    Keeps rank (n1 + n2 + n3 + dim) numbers. Ends a composition: it asks ``inner`` for nothing. A, B and C start normal
+    with variance 1, D with start_std^2 / rank.
+
+    Kolda & Bader 2009, "Tensor Decompositions and Applications", section 3; Carroll & Chang 1970; Harshman 1970.
+    """
+    if rank < 1:
+        raise ValueError(f"tensorly_cp: rank is {rank}, but must be at least 1")
+    return CPBag(table, rank)
+
+
+def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6) -> nn.Module:
+    """Tucker decomposition: three factors' rows meet in a core tensor.
+
+        i -> (i1, i2, i3) in mixed radix (n1, n2, n3),  e_i = G x1 A[i1] x2 B[i2] x3 C[i3],   G [rank, rank, rank, dim]
+
+    Keeps rank (n1 + n2 + n3) + rank^3 dim numbers; the column's own factor is part of the core, which it would only
+    widen again. Ends a composition: it asks ``inner`` for nothing. All start normal with the variance that gives rows
+    the exact table's.
+
+    Kolda & Bader 2009, "Tensor Decompositions and Applications", section 4; Tucker 1966.
+    """
+    if rank < 1:
+        raise ValueError(f"tensorly_tucker: rank is {rank}, but must be at least 1")
+    return TuckerBag(table, rank)
+
+
+class _DigitFactors(nn.Module):
+    """Factors [n_k, rank] of the three digits of a row number, and the rows of each that a lookup needs."""
+
+    def __init__(self, table: Table, rank: int) -> None:
+        super().__init__()
+        self.table = table
+        self.rank = rank
+        self.rows = row_radices(table.num_rows)
+        self.factor1, self.factor2, self.factor3 = (nn.Parameter(torch.empty(n, rank).normal_()) for n in self.rows)
+
+    def digits(self, ids_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, rank] of the three factors."""
+        ids_N = ids_BL.reshape(-1)
+        _, n2, n3 = self.rows
+        i12_N = divide_ids(ids_N, n3)
+        return (
+            self.factor1.index_select(0, divide_ids(i12_N, n2)),
+            self.factor2.index_select(0, i12_N % n2),
+            self.factor3.index_select(0, ids_N % n3),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.table.name}, rows {self.rows}, rank {self.rank}"
+
+
+def _pooled(rows_ND: Tensor, weights_BL: Tensor) -> Tensor:
+    return (rows_ND * weights_BL.reshape(-1, 1)).view(*weights_BL.shape, -1).sum(1)
+
+
+def _digit_tensor(table: Table, weight_RD: Tensor, rows: tuple[int, int, int]) -> np.ndarray:
+    if tuple(weight_RD.shape) != (table.num_rows, table.dim):
+        raise ValueError(f"table {table.name} is {table.num_rows} x {table.dim}, weights {tuple(weight_RD.shape)}")
+    padded = np.zeros((math.prod(rows), table.dim))
+    padded[: table.num_rows] = weight_RD.detach().cpu().numpy()
+    return padded.reshape(*rows, table.dim)
+
+
+class CPBag(_DigitFactors):
+    """Embedding bag of ``tensorly_cp``; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, table: Table, rank: int) -> None:
+        super().__init__(table, rank)
+        self.columns = nn.Parameter(torch.empty(table.dim, rank).normal_(std=table.start_std / math.sqrt(rank)))
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        first, second, third = self.digits(ids_BL)
+        # Summed before it is widened, which is the same by linearity.
+        return _pooled(first * second * third, weights_BL) @ self.columns.t()
+
+    @classmethod
+    def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> CPBag:
+        """The bag that tensorly's alternating least squares finds for a given table [num_rows, dim]."""
+        import tensorly as tl
+        from tensorly.decomposition import parafac
+
+        bag = cls(table, rank)
+        with tl.backend_context("numpy", local_threadsafe=True):
+            found = parafac(_digit_tensor(table, weight_RD, bag.rows), rank, init="random", random_state=0)
+        with torch.no_grad():
+            for k, (target, factor) in enumerate(
+                zip((bag.factor1, bag.factor2, bag.factor3, bag.columns), found.factors, strict=True)
+            ):
+                target.copy_(torch.from_numpy(factor * found.weights if k == 3 else factor))
+        return bag
+
+
+class TuckerBag(_DigitFactors):
+    """Embedding bag of ``tensorly_tucker``; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, table: Table, rank: int) -> None:
+        super().__init__(table, rank)
+        self.core = nn.Parameter(torch.empty(rank**3, table.dim).normal_(std=table.start_std / rank**1.5))
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        first, second, third = self.digits(ids_BL)
+        outer_N = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+        outer_N = (outer_N.unsqueeze(2) * third.unsqueeze(1)).flatten(1)
+        return _pooled(outer_N, weights_BL) @ self.core
+
+    @classmethod
+    def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> TuckerBag:
+        """The bag that tensorly's higher-order orthogonal iteration finds for a given table [num_rows, dim]."""
+        import tensorly as tl
+        from tensorly.decomposition import partial_tucker
+
+        bag = cls(table, rank)
+        ranks = [min(rank, n) for n in bag.rows]
+        with tl.backend_context("numpy", local_threadsafe=True):
+            (core, factors), _ = partial_tucker(_digit_tensor(table, weight_RD, bag.rows), ranks, modes=[0, 1, 2])
+        full = np.zeros((rank, rank, rank, table.dim))
+        full[: ranks[0], : ranks[1], : ranks[2]] = core
+        with torch.no_grad():
+            bag.core.copy_(torch.from_numpy(full).reshape(bag.core.shape))
+            for target, factor in zip((bag.factor1, bag.factor2, bag.factor3), factors, strict=True):
+                target.zero_()
+                target[:, : factor.shape[1]] = torch.from_numpy(factor)
+        return bag
