@@ -45,10 +45,18 @@ class Config:
     seed: int = _setting(0, "seed of the initial values and of the order of rows")
     min_rows: int = _setting(1000, "tables with fewer rows than this stay exact")
     min_count: int = _setting(0, "ids seen less often than this in training share the row of missing ids; 0 keeps all")
+    ratio: float = _setting(
+        0.0,
+        "size the plugin so that all tables keep 1/RATIO of the exact bytes over all ids seen; 0: as its options say",
+    )
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32", "bf16 runs matrix products under autocast; parameters stay fp32"
     )
-    memory: str = _setting("", "bytes that the tables and their training may take, like 16GB; none: the device's")
+    memory: str = _setting(
+        "",
+        "bytes that the tables and their training may take, like 16GB; sizes a plugin whose size is not given; none: "
+        "the device's",
+    )
     dim: int = _setting(16, "width of an embedding row")
     dense_optimizer: DenseOptimizerName = _setting("adam", "optimizer of MLPs and of plugins' own parameters")
     dense_lr: float = _setting(0.001, "its learning rate")
@@ -109,6 +117,8 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
             values[key] = _checked(key, value, origin)
             origins[key] = origin
     config = Config(**values)
+    if values.get("ratio", 0) and values["ratio"] < 1:
+        raise UserError(f"--ratio is {values['ratio']:g}, but must be at least 1: exact bytes over those to keep")
     for name in _POSITIVE + _NOT_NEGATIVE:
         least = 1 if name in _POSITIVE else 0
         if getattr(config, name) < least:

@@ -10,9 +10,9 @@ Shape suffixes used in the whole project:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple
+from typing import Concatenate, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -64,3 +64,30 @@ MakeBag = Callable[[Table], nn.Module]
 
 Plugin = Callable[Concatenate[Table, MakeBag, ...], nn.Module]
 """``def plugin(table, inner, *, option=default) -> nn.Module``; keyword-only arguments are its options."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The option that sizes a plugin, and its values for a table from the smallest bag to the largest."""
+
+    option: str
+    values: Callable[[Table], Sequence[int]]
+
+
+_P = TypeVar("_P", bound=Callable[..., nn.Module])
+
+
+def sized(option: str, values: Callable[[Table], Sequence[int]]) -> Callable[[_P], _P]:
+    """Marks a plugin as one that ``--ratio`` and ``--memory`` can size by an option.
+
+        @sized("rank", lambda table: range(1, table.dim))
+        def low_rank(table, inner, *, rank=4): ...
+
+    A value further on must not keep fewer bytes. What cannot be built (a ValueError) is not asked for: leave it out.
+    """
+
+    def mark(plugin: _P) -> _P:
+        plugin.size = Size(option, values)  # type: ignore[attr-defined]
+        return plugin
+
+    return mark

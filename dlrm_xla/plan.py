@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.row_optim import DTYPES, RULES
 from dlrm_xla.rows import Placement, RowTable, lines_of
+from dlrm_xla.sizing import Budget, fit
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class TrainingBytes:
     optimizer: int
     gradient: int
 
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.padded + self.optimizer + self.gradient
+
 
 def bytes_kept(module: nn.Module) -> int:
     """Bytes that must be kept to serve: every parameter and every buffer of the state dict.
@@ -71,24 +77,33 @@ def plan(
     single: Mapping[str, str],
     min_rows: int,
     innermost: MakeBag = RowTable,
+    budget: Budget | None = None,
 ) -> tuple[list[TablePlan], list[MakeBag]]:
     """Chooses a bag for each table; ``single`` holds the plugins of single tables by name.
 
     Tables of fewer than ``min_rows`` rows stay exact unless ``single`` names them, and so does a table that its
-    plugin would not make smaller. Candidates are built on the ``meta`` device and counted, so a plan of tables that
-    fit nowhere costs nothing.
+    plugin would not make smaller. With a ``budget`` it alone decides how large each bag is and which tables stay
+    exact. Candidates are built on the ``meta`` device and counted, so a plan of tables that fit nowhere costs nothing.
     """
     unknown = set(single) - {table.name for table in tables}
     if unknown:
         name = min(unknown)
         raise UserError(f"the configuration names a table {name!r}; {choices(name, (t.name for t in tables))}")
     plans, bags = [], []
+    sizes = {}
+    if budget:
+        given = [t for t in tables if t.name in single]
+        spent = sum(budget.cost(on_meta(compose(parse(single[t.name]), innermost), t), t) for t in given)
+        left = replace(budget, bytes=budget.bytes - spent)
+        sizes = fit([t for t in tables if t.name not in single], parse(plugin), left, innermost, on_meta)
     for table in tables:
         spec = single.get(table.name, plugin)
-        layers = parse(spec)
+        layers = sizes.get(table.name, parse(spec))
         exact = bytes_kept(on_meta(innermost, table))
         note = ""
-        if layers and table.name not in single and table.num_rows < min_rows:
+        if table.name in sizes:
+            note = "" if layers else "below the cap"
+        elif layers and table.name not in single and table.num_rows < min_rows:
             layers, note = [], f"below {min_rows} rows"
         elif layers:
             kept = bytes_kept(on_meta(compose(layers, innermost), table, spec))
@@ -198,7 +213,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
             line += f"{t.padded:>17,}{t.optimizer:>17,}{t.gradient:>15,}  {t.placement:<10}"
         lines.append(f"{line}  {p.plugin}{note}")
     if sums:
-        need = sums.padded + sums.optimizer + sums.gradient
+        need = sums.total
         verdict = "fits" if need <= memory else "DOES NOT FIT"
         lines.append(
             f"tables, optimizer and gradients take {need / 1e9:,.2f} GB: {verdict} in {memory / 1e9:,.2f} GB "
@@ -217,7 +232,7 @@ def read_bytes(given: str) -> float:
 
 def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:
     """Raises a UserError where tables, their optimizer and their gradients exceed the memory."""
-    need = sum(t.padded + t.optimizer + t.gradient for t in training)
+    need = sum(t.total for t in training)
     if need > memory:
         raise UserError(
             f"training the tables needs {need / 1e9:.1f} GB, but there are {memory / 1e9:.1f} GB. Take a --plugin that "

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from dlrm_xla_data.criteo import open_log
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared
 from dlrm_xla_data.synthetic import synthesize
+from torch import nn
 
 from dlrm_xla import checkpoint, registry
 from dlrm_xla import plan as planning
@@ -36,6 +37,7 @@ from dlrm_xla.presets import PRESETS
 from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowFiles
 from dlrm_xla.run_folder import RunFolder, check_out, commit, versions
+from dlrm_xla.sizing import Budget, sized_layer
 from dlrm_xla.train import GraphWatch, Outcome, Steps, predict, train
 
 INTERRUPTED = 130
@@ -121,18 +123,38 @@ def make_plan(config: Config, device: Device, access: RowAccess, dataset: Prepar
     tables = make_tables(config, dataset)
     lengths = list(dataset.bag_lengths if dataset else config.synthetic_bags) or [1] * len(tables)
     innermost, files = row_builder(config, device)
-    plans, make_bags = planning.plan(tables, config.plugin, config.tables, config.min_rows, innermost)
+    place = placement_rule(config, access)
+
+    def trained(bag: nn.Module, table: Table) -> int:
+        return planning.training_bytes(bag, lengths[positions[table.name]], config, access, place).total
+
+    positions = {table.name: k for k, table in enumerate(tables)}
+    whole = sum(dataset.num_rows(f, 0) for f in range(len(tables))) if dataset else sum(t.num_rows for t in tables)
+    budget = make_budget(config, trained, whole * config.dim * 4)
+    plans, make_bags = planning.plan(tables, config.plugin, config.tables, config.min_rows, innermost, budget)
     unknown = set(config.placement) - {t.name for t in tables}
     if unknown:
         name = min(unknown)
         raise UserError(f"placement names a table {name!r}; {choices(name, (t.name for t in tables))}")
-    place = placement_rule(config, access)
     training = [
         planning.training_bytes(planning.on_meta(make, table), length, config, access, place)
         for make, table, length in zip(make_bags, tables, lengths, strict=True)
     ]
     memory = planning.read_bytes(config.memory) if config.memory else device.memory
     return Plan(tables, plans, make_bags, training, files, memory)
+
+
+def make_budget(config: Config, trained: Callable[[nn.Module, Table], int], exact_bytes: int) -> Budget | None:
+    """What sizes the plugin: a ratio of the exact tables' bytes, or a memory for tables and their training."""
+    layers = registry.parse(config.plugin)
+    if config.ratio:
+        if not layers:
+            raise UserError("--ratio sizes a plugin, and exact tables have no size; name one with --plugin")
+        kept = exact_bytes / config.ratio
+        return Budget(kept, lambda bag, table: planning.bytes_kept(bag), f"--ratio {config.ratio:g}", exact_bytes)
+    if config.memory and sized_layer(layers):
+        return Budget(planning.read_bytes(config.memory), trained, f"--memory {config.memory}")
+    return None
 
 
 def check_memory(plan: Plan) -> None:
@@ -167,7 +189,7 @@ def run(config: Config, origins: dict[str, str]) -> int:
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
         print(
             f"*** {config.plugin} REPLACES NO TABLE: all stay exact, for the reasons above. Lower --min-rows, take "
-            "more rows or options that keep less; this run says nothing about the plugin."
+            "more rows, a larger --ratio or options that keep less; this run says nothing about the plugin."
         )
     check_memory(plan)
     model = DLRM(
@@ -225,6 +247,7 @@ def make_report(
     return {
         "device": config.device,
         "plugin": config.plugin,
+        "ratio_asked": config.ratio or None,
         "tables_with_plugin": sum(p.plugin != registry.EXACT for p in plan.bags),
         "preset": config.preset,
         "seed": config.seed,

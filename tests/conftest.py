@@ -1,5 +1,7 @@
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +16,16 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
 
 needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
+
+
+def launch_script(name: str) -> ModuleType:
+    """A script of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def shared_file(name: str) -> Path:

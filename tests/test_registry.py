@@ -48,7 +48,7 @@ def test_what_cannot_be_read_says_what_can(spec, match):
 
 
 def _entry_points(monkeypatch, *entries):
-    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    monkeypatch.setattr(registry, "_entry_points", lambda: entries)
 
 
 def test_a_plugin_that_does_not_import_is_named_and_spoils_no_list(monkeypatch):

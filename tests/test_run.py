@@ -1,7 +1,6 @@
 """The launcher as a user runs it."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, needs_xla
+from conftest import ROOT, launch_script, needs_xla
 from sklearn.metrics import log_loss
 
 from dlrm_xla import checkpoint, registry
@@ -26,9 +25,7 @@ from dlrm_xla.presets import PRESETS
 from dlrm_xla.rows import RowTable
 from dlrm_xla.train import learning_rate_factor
 
-_spec = importlib.util.spec_from_file_location("run", ROOT / "launch" / "run.py")
-launcher = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(launcher)
+launcher = launch_script("run")
 
 QUICK = ["--synthetic-rows", "7000", "--min-count", "1", "--log-every", "5"]
 REPORT = """device plugin preset seed epochs batch_size auc log_loss normalized_entropy accuracy base_rate_log_loss

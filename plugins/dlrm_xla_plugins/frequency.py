@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.rows import RowTable
 
 
+@sized("hot", lambda table: range(1, table.num_rows))
 def hot_cold(table: Table, inner: MakeBag, *, hot: int = 1000) -> nn.Module:
     """The most frequent ids have exact rows, the rest whatever is composed behind.
 

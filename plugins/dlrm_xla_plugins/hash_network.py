@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mish
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla_plugins.hashes import mixed
 
 
+@sized("width", lambda table: range(1, 1025))
 def dhe(table: Table, inner: MakeBag, *, width: int = 64, hashes: int = 32) -> nn.Module:
     """Deep hash embedding: an MLP over dense hashes of the id.
 

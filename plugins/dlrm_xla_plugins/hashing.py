@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
 from dlrm_xla_plugins import hashes
 
 
+@sized("rows", lambda table: range(2, table.num_rows))
 def hash_rows(
     table: Table, inner: MakeBag, *, rows: int = 2000, method: Literal["mod", "multiply_shift", "signed"] = "mod"
 ) -> nn.Module:
@@ -42,6 +43,7 @@ def hash_rows(
     return MappedIds(inner(shorter), hashed, hashes.sign if method == "signed" else None)
 
 
+@sized("rows", lambda table: range(2, table.num_rows))
 def top_rows(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
     """The most frequent ids keep rows of their own, all others share one: the line that a method must beat.
 
@@ -75,6 +77,7 @@ class MappedIds(nn.Module):
         return out_BD
 
 
+@sized("rows", lambda table: range(4, table.num_rows))
 def double_hash(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
     """Two hashes for each rare id, a row of its own for each frequent one.
 
@@ -93,6 +96,7 @@ def double_hash(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
     return SketchBag(inner(shorter), rows, hot=rows // 2, num_hashes=2, signed=False)
 
 
+@sized("rows", lambda table: range(3, table.num_rows))
 def count_sketch(table: Table, inner: MakeBag, *, rows: int = 2000, hashes: int = 3) -> nn.Module:
     """Count sketch: each vector is the signed mean of a few shared rows, a linear random projection of the table.
 
@@ -143,6 +147,7 @@ class SketchBag(nn.Module):
         return out_BD
 
 
+@sized("rows", lambda table: range(1, table.num_rows))
 def hash_embeddings(table: Table, inner: MakeBag, *, rows: int = 1000, hashes: int = 2) -> nn.Module:
     """Shared rows weighted by numbers of the id's own.
 
@@ -158,6 +163,7 @@ def hash_embeddings(table: Table, inner: MakeBag, *, rows: int = 1000, hashes: i
     return _weighted(table, inner, rows, hashes, "hash")
 
 
+@sized("rows", lambda table: range(1, table.num_rows))
 def memcom(table: Table, inner: MakeBag, *, rows: int = 1000) -> nn.Module:
     """A shared row times one number of the id's own.
 
@@ -205,6 +211,7 @@ class WeightedRowsBag(nn.Module):
         return out_BD
 
 
+@sized("blocks", lambda table: range(1, table.num_rows * table.dim))
 def robe(table: Table, inner: MakeBag, *, blocks: int = 4000, width: int = 4) -> nn.Module:
     """Random offset block embedding: a vector is put together from blocks of one shared array.
 
@@ -241,6 +248,7 @@ class BlocksBag(nn.Module):
         return torch.cat(parts, 1)[:, : self.dim]
 
 
+@sized("collisions", lambda table: range(math.isqrt(table.num_rows), 1, -1))
 def quotient_remainder(
     table: Table, inner: MakeBag, *, collisions: int = 4, op: Literal["mult", "add"] = "mult"
 ) -> nn.Module:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla_plugins.projection import ProjectedBag
 
 
+@sized("rank", lambda table: range(1, table.dim))
 def low_rank(table: Table, inner: MakeBag, *, rank: int = 4) -> nn.Module:
     """Narrow rows times a trained matrix.
 
@@ -29,16 +30,19 @@ def low_rank(table: Table, inner: MakeBag, *, rank: int = 4) -> nn.Module:
     return ProjectedBag(inner(narrow), nn.Parameter(matrix))
 
 
+@sized("full_rows", lambda table: range(1, table.num_rows))
 def mixed_dim(table: Table, inner: MakeBag, *, full_rows: int = 1000, alpha: float = 0.3) -> nn.Module:
     """Mixed dimensions: the longer a table, the narrower its rows, widened by a trained matrix.
 
         d = max(1, round(dim (full_rows / num_rows)^alpha)),  e_i = U[i] V as in ``low_rank`` with rank d
 
-    A table of up to ``full_rows`` rows is as wide as an exact one. Keeps num_rows x d + d x dim numbers.
+    A table of up to ``full_rows`` rows, or one that would keep no less, stays as it is. Keeps num_rows x d + d x dim
+    numbers.
 
     Ginart et al. 2021, "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems".
     """
     if full_rows < 1 or not 0 <= alpha <= 1:
         raise ValueError(f"mixed_dim: full_rows is {full_rows} and alpha {alpha}; at least 1, and from 0 to 1")
     rank = max(1, round(table.dim * (full_rows / table.num_rows) ** alpha))
-    return inner(table) if rank >= table.dim else low_rank(table, inner, rank=rank)
+    larger = rank * (table.num_rows + table.dim) >= table.num_rows * table.dim
+    return inner(table) if larger else low_rank(table, inner, rank=rank)

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 
 
+@sized("dim", lambda table: range(1, table.dim))
 def random_projection(
     table: Table, inner: MakeBag, *, dim: int = 4, kind: Literal["gaussian", "sparse_sign"] = "gaussian"
 ) -> nn.Module:
@@ -41,6 +42,7 @@ def random_projection(
     return ProjectedBag(inner(narrow), matrix)
 
 
+@sized("dim", lambda table: range(1, table.dim))
 def srht(table: Table, inner: MakeBag, *, dim: int = 4) -> nn.Module:
     """Subsampled randomized Hadamard transform: narrow rows times a few orthogonal rows of random signs.
 

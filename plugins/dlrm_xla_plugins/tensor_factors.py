@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
 from dlrm_xla_plugins.tensor_train import row_radices
 
 
+@sized("rank", lambda table: range(1, 4097))
 def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32) -> nn.Module:
     """Canonical polyadic decomposition: a row is a product of three factors' rows, widened by a fourth.
 
@@ -28,6 +29,7 @@ def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32) -> nn.Module:
     return CPBag(table, rank)
 
 
+@sized("rank", lambda table: range(1, 25))
 def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6) -> nn.Module:
     """Tucker decomposition: three factors' rows meet in a core tensor.
 

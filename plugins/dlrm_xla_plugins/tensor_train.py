@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
 
 
+@sized("rank", lambda table: range(1, 129))
 def tensorly_tt(table: Table, inner: MakeBag, *, rank: int = 8) -> nn.Module:
     """Tensor train: each row is a product of three small cores.
 

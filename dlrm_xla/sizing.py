@@ -1,0 +1,134 @@
+"""Sizes from a budget: one cap in bytes for all tables, and for each the largest bag below it.
+
+Water-filling: a table whose exact rows fit the cap stays exact, every other gets the largest candidate that does. A cap
+is fairer than one ratio for all: at a thousandth of each, a table of 583 rows would have less than one, and
+small tables are where few bytes carry much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from dlrm_xla.contract import MakeBag, Size, Table
+from dlrm_xla.errors import UserError
+from dlrm_xla.registry import Layer, compose, load
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``bytes`` for all tables together, what a table's bag costs of them, and how the user asked for it.
+
+    ``whole`` are the bytes that a ratio is of, or 0 where the budget is no ratio.
+    """
+
+    bytes: float
+    cost: Callable[[nn.Module, Table], int]
+    asked: str
+    whole: int = 0
+
+
+def sized_layer(layers: Sequence[Layer]) -> tuple[int, Size] | None:
+    """The layer that a budget sizes: the outermost that can be and whose size was not given."""
+    for place, layer in enumerate(layers):
+        size: Size | None = getattr(load(layer.name), "size", None)
+        if size is not None and size.option not in layer.options:
+            return place, size
+    return None
+
+
+def fit(
+    tables: Sequence[Table],
+    layers: Sequence[Layer],
+    budget: Budget,
+    innermost: MakeBag,
+    build: Callable[[MakeBag, Table, str], nn.Module],
+) -> dict[str, list[Layer]]:
+    """The layers of each table by name, [] for exact, that together cost at most the budget.
+
+    Raises UserError with the reachable range where even the smallest candidates cost more.
+    """
+    candidates = [_Candidates(table, list(layers), budget.cost, innermost, build) for table in tables]
+    least = sum(c.choose(0)[1] for c in candidates)
+    if least > budget.bytes:
+        raise UserError(_refusal(layers, budget, least))
+
+    def total(cap: float) -> int:
+        return sum(c.choose(cap)[1] for c in candidates)
+
+    low, high = 0.0, float(max(c.exact for c in candidates))
+    if total(high) <= budget.bytes:
+        low = high
+    while high - low > max(1, low / 1000):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) <= budget.bytes else (low, middle)
+    return {c.table.name: c.choose(low)[0] for c in candidates}
+
+
+def _refusal(layers: Sequence[Layer], budget: Budget, least: int) -> str:
+    spec = "+".join(map(str, layers))
+    text = f"{budget.asked}: {spec} takes at least {least:,} bytes for these tables"
+    if not budget.whole:
+        return f"{text}; --memory {math.ceil(least / 1000)}kB is the least that it can keep to"
+    reachable = math.floor(10 * budget.whole / least) / 10
+    return (
+        f"{text}, so a ratio from 1 to {reachable:,.1f} is within its reach. Take --ratio {reachable:,.1f}, or a "
+        "plugin that keeps less per row"
+    )
+
+
+@dataclass
+class _Candidates:
+    """A table's possible bags and what they cost; each is built at most once."""
+
+    table: Table
+    layers: list[Layer]
+    cost: Callable[[nn.Module, Table], int]
+    innermost: MakeBag
+    build: Callable[[MakeBag, Table, str], nn.Module]
+    exact: int = 0
+    _costs: dict[int, int] = field(default_factory=dict)
+    _choices: dict[float, tuple[list[Layer], int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exact = self.cost(self.build(self.innermost, self.table, "exact"), self.table)
+        found = sized_layer(self.layers)
+        self._place, self._values = (found[0], found[1].values(self.table)) if found else (-1, range(1))
+
+    def choose(self, cap: float) -> tuple[list[Layer], int]:
+        """The largest bag of at most ``cap`` bytes, else the smallest there is; and its bytes."""
+        if cap not in self._choices:
+            self._choices[cap] = self._choose(cap)
+        return self._choices[cap]
+
+    def _choose(self, cap: float) -> tuple[list[Layer], int]:
+        if self.exact <= cap or not len(self._values):
+            return [], self.exact
+        # What was counted for other caps brackets the answer.
+        low = max((i for i, c in self._costs.items() if c <= cap), default=0)
+        high = min((i - 1 for i, c in self._costs.items() if c > cap and i > low), default=len(self._values) - 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._cost(middle) <= cap else (low, middle - 1)
+        bytes_ = self._cost(low)
+        return ([], self.exact) if bytes_ >= self.exact else (self._at(low), bytes_)
+
+    def _cost(self, index: int) -> int:
+        if index not in self._costs:
+            layers = self._at(index)
+            bag = self.build(compose(layers, self.innermost), self.table, "+".join(map(str, layers)))
+            self._costs[index] = self.cost(bag, self.table)
+        return self._costs[index]
+
+    def _at(self, index: int) -> list[Layer]:
+        if self._place < 0:
+            return self.layers
+        layers = list(self.layers)
+        layer = layers[self._place]
+        size: Size = getattr(load(layer.name), "size")  # noqa: B009 - no attribute that a type checker knows
+        options: Mapping[str, object] = {**layer.options, size.option: self._values[index]}
+        layers[self._place] = replace(layer, options=options)
+        return layers

@@ -1,0 +1,101 @@
+"""Sizes from a budget."""
+
+import json
+
+import pytest
+from conftest import launch_script
+
+from dlrm_xla import plan, registry
+from dlrm_xla.contract import Size, Table
+from dlrm_xla.errors import UserError
+from dlrm_xla.rows import RowTable
+from dlrm_xla.sizing import Budget
+
+launcher = launch_script("run")
+TABLES = [Table(f"t{rows}", rows, 16) for rows in (3, 40, 583, 5000, 70_000, 1_000_003)]
+WHOLE = sum(t.num_rows for t in TABLES) * 64
+
+
+def _planned(spec, ratio, single=None, tables=TABLES):
+    budget = Budget(WHOLE / ratio, lambda bag, table: plan.bytes_kept(bag), f"--ratio {ratio}", WHOLE)
+    return plan.plan(tables, spec, single or {}, 10**9, budget=budget)[0]
+
+
+def _sized_plugins():
+    return [name for name in sorted(registry.installed()) if hasattr(registry.load(name), "size")]
+
+
+def _companion(name):
+    return name + "+hash_rows:rows=2" if name == "hot_cold" else name
+
+
+@pytest.mark.parametrize("name", _sized_plugins())
+def test_a_later_size_never_keeps_less(name):
+    size: Size = registry.load(name).size
+    for table in (Table("small", 50, 16), Table("large", 30_000, 16)):
+        values = size.values(table)
+        picked = [values[int(k * (len(values) - 1) / 12)] for k in range(13)]
+        kept = []
+        for value in picked:
+            layers = registry.parse(f"{name}:{size.option}={value}" + _companion(name).removeprefix(name))
+            kept.append(plan.bytes_kept(plan.on_meta(registry.compose(layers, RowTable), table)))
+        assert kept == sorted(kept), dict(zip(picked, kept, strict=True))
+
+
+@pytest.mark.parametrize("ratio", [10, 100, 1000])
+@pytest.mark.parametrize("name", ["tensorly_tt", "tensorly_cp", "hash_rows", "top_rows", "robe", "dhe", "count_sketch"])
+def test_a_ratio_is_kept_and_nearly_used_up(name, ratio):
+    plans = _planned(name, ratio)
+    assert sum(p.bytes for p in plans) <= WHOLE / ratio
+    if name not in ("tensorly_tt", "dhe"):  # whose sizes go in larger steps
+        assert sum(p.bytes for p in plans) > 0.95 * WHOLE / ratio
+
+
+def test_one_cap_for_all_tables():
+    plans = _planned("hash_rows", 100)
+    exact = [p for p in plans if p.plugin == "exact"]
+    assert [p.rows for p in exact] == [3, 40, 583]
+    cap = min(p.bytes for p in plans if p.plugin != "exact")
+    assert all(p.bytes <= cap for p in exact)
+    assert all(p.note == "below the cap" for p in exact)
+    hashed = [p.bytes for p in plans if p.plugin != "exact"]
+    assert max(hashed) - min(hashed) <= 64, "to a row the same"
+
+
+def test_the_outermost_layer_without_a_size_is_sized():
+    assert _planned("quotient_remainder+random_projection", 30)[-1].plugin.endswith("+random_projection")
+    given = _planned("hash_rows:rows=9000+random_projection", 30)[-1].plugin
+    assert given.startswith("hash_rows:rows=9000+random_projection:dim=")
+    assert _planned("hash_rows+int4", 50)[-1].plugin.endswith("+int4")
+
+
+@pytest.mark.parametrize("name", ["low_rank", "int4", "memcom"])
+def test_a_ratio_out_of_reach_is_refused_with_one_that_is_not(name):
+    with pytest.raises(UserError, match=rf"--ratio 1000: {name} takes at least .* a ratio from 1 to [\d.]+") as error:
+        _planned(name, 1000)
+    reachable = float(str(error.value).split("Take --ratio ")[1].split(", or")[0])
+    assert sum(p.bytes for p in _planned(name, reachable)) <= WHOLE / reachable
+
+
+def test_tables_with_a_plugin_of_their_own_are_paid_for_first():
+    plans = _planned("hash_rows", 20, {"t1000003": "quotient_remainder:collisions=50"})
+    assert plans[-1].plugin == "quotient_remainder:collisions=50"
+    assert sum(p.bytes for p in plans) <= WHOLE / 20
+
+
+def test_a_run_keeps_to_its_ratio_and_a_plan_to_its_memory(tmp_path, capsys):
+    quick = ["--synthetic-rows", "4000", "--min-count", "1", "--batch-size", "256", "--plugin", "hash_rows"]
+    assert launcher.main([*quick, "--ratio", "20", "--out", str(tmp_path / "r")]) == 0
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert 20 <= report["compression_ratio"] < 21
+    assert report["ratio_asked"] == 20
+    capsys.readouterr()
+    assert launcher.main([*quick, "--memory", "30MB", "--plan"]) == 0
+    assert "fits in 0.03 GB" in capsys.readouterr().out
+
+
+def test_ratios_without_meaning_are_refused(capsys):
+    assert launcher.main(["--ratio", "10"]) == 2
+    assert "name one with --plugin" in capsys.readouterr().err
+    assert launcher.main(["--ratio", "0.5", "--plugin", "hash_rows"]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
