@@ -5,12 +5,14 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from conftest import needs_xla
 from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
 
 from dlrm_xla import registry
 from dlrm_xla.contract import Table
+from dlrm_xla.devices import open_device
 from dlrm_xla.plan import bytes_kept
 from dlrm_xla.rows import RowTable
 from dlrm_xla.testing import BagContract
@@ -229,3 +231,21 @@ def test_factor_rows_are_those_of_tensorlys_own_rebuilt_tensor(kind):
         else:
             full = tl.tucker_to_tensor((bag.core.detach().numpy().reshape(3, 3, 3, 6), [*factors, np.eye(6)]))
     np.testing.assert_allclose(_rows(bag, 60).numpy(), full.reshape(-1, 6)[:60], atol=1e-5)
+
+
+@needs_xla
+def test_matmul_codes_are_looked_up_and_trained_without_gather_and_scatter():
+    import torch_xla.core.xla_model as xm
+
+    device = open_device("xla")
+    ids = torch.arange(64, dtype=torch.int32).view(32, 2).to("xla")
+    weights = torch.ones(32, 2).to("xla")
+    texts = {}
+    for spec in ("matmul_codes:hot=20", "tensorly_cp"):
+        bag = device.place(_made(spec, Table("t", 5000, 16)))
+        out = bag(ids, weights)
+        grads = torch.autograd.grad(out.square().sum(), list(bag.parameters()))
+        texts[spec] = xm.get_stablehlo([out, *grads])
+    assert "gather" in texts["tensorly_cp"]
+    assert "gather" not in texts["matmul_codes:hot=20"]
+    assert "scatter" not in texts["matmul_codes:hot=20"]
