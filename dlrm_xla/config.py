@@ -60,6 +60,7 @@ class Config:
     dim: int = _setting(16, "width of an embedding row")
     dense_optimizer: DenseOptimizerName = _setting("adam", "optimizer of MLPs and of plugins' own parameters")
     dense_lr: float = _setting(0.001, "its learning rate")
+    plugin_lr: float = _setting(0.0, "that of plugins' own parameters, such as cores and codebooks; 0: the same")
     row_optimizer: RowOptimizerName = _setting(
         "adagrad", "optimizer of table rows: adagrad is row-wise, adam lazy; rows not looked up stay as they are"
     )
@@ -123,6 +124,8 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
         least = 1 if name in _POSITIVE else 0
         if getattr(config, name) < least:
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be at least {least}")
+    if not 0 <= config.plugin_lr < float("inf"):
+        raise UserError(f"plugin_lr is {config.plugin_lr} ({origins['plugin_lr']}), but must not be negative")
     for name in ("dense_lr", "row_lr"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")

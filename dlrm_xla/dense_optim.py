@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,18 +20,20 @@ _KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def dense_optimizer(
-    name: DenseOptimizerName, parameters: Iterable[nn.Parameter], learning_rate: float, device: Device
+    name: DenseOptimizerName, groups: Iterable[tuple[Iterable[nn.Parameter], float]], device: Device
 ) -> torch.optim.Optimizer:
-    """SGD, Adagrad or Adam over parameters that already are on the device, with its state made beforehand.
+    """SGD, Adagrad or Adam over groups of (parameters on the device, learning rate), with its state made beforehand.
 
-    torch makes Adam's state in the first step, which on xla is then another graph than the following ones. Here a
-    twin on the host takes one step of zero gradients, and its state, set back to step 0, is loaded.
+    A group's own rate stays in its ``base_lr``. torch makes Adam's state in the first step, which on xla is then
+    another graph than the following ones. Here a twin on the host takes one step of zero gradients, and its state, set
+    back to step 0, is loaded.
     """
-    real = [p for p in parameters if p.requires_grad]
-    twin = _KINDS[name]([nn.Parameter(torch.zeros(p.shape)) for p in real], lr=0.0, foreach=False)
-    for group in twin.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    real = [([p for p in parameters if p.requires_grad], rate) for parameters, rate in groups]
+    real = [(parameters, rate) for parameters, rate in real if parameters]
+    zeros = [[nn.Parameter(torch.zeros(p.shape)) for p in parameters] for parameters, _ in real]
+    twin = _KINDS[name]([{"params": parameters} for parameters in zeros], lr=0.0, foreach=False)
+    for parameter in itertools.chain.from_iterable(zeros):
+        parameter.grad = torch.zeros_like(parameter)
     twin.step()
     state: dict[str, Any] = twin.state_dict()
     for values in state["state"].values():
@@ -38,9 +41,9 @@ def dense_optimizer(
             # torch_xla keeps one copy of equal numbers without a dimension: all step counts would be one input of the
             # first graph and several of the next. A dimension of 1 keeps them apart.
             values["step"] = torch.zeros([1] if device.capturable else [])
-    optimizer = _KINDS[name](real, lr=learning_rate, foreach=False)
-    for group in state["param_groups"]:
-        group["lr"] = learning_rate
+    optimizer = _KINDS[name]([{"params": parameters} for parameters, _ in real], lr=0.0, foreach=False)
+    for group, (_, rate) in zip(state["param_groups"], real, strict=True):
+        group["lr"] = group["base_lr"] = rate
         if "capturable" in group:
             group["capturable"] = device.capturable
     optimizer.load_state_dict(state)

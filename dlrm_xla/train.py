@@ -70,8 +70,14 @@ class Steps:
             [t.num_rows for t, length in zip(model.tables, bag_lengths, strict=True) for _ in range(length)]
         )
         self._names_S = [t.name for t, n in zip(model.tables, bag_lengths, strict=True) for _ in range(n)]
+        own = {name for name, _ in model.bags.named_parameters(prefix="bags")}
         self.model = device.place(model)
-        self.dense = dense_optimizer(config.dense_optimizer, self.model.parameters(), config.dense_lr, device)
+        # Cores and codebooks start small and must grow to the size of trained rows: their rate is one of their own.
+        groups = [
+            ([p for n, p in self.model.named_parameters() if n not in own], config.dense_lr),
+            ([p for n, p in self.model.named_parameters() if n in own], config.plugin_lr or config.dense_lr),
+        ]
+        self.dense = dense_optimizer(config.dense_optimizer, groups, device)
         self.loss_and_count = self._zeros()
         self._train = device.compile(self._train_step, "train")
         self._evaluate = device.compile(self._evaluation_step, "evaluation")
@@ -117,7 +123,7 @@ class Steps:
 
     def _train_step(self, packed: PackedBatch, rate: float) -> None:
         for group in self.dense.param_groups:
-            group["lr"] = self.config.dense_lr * rate
+            group["lr"] = group["base_lr"] * rate
         self.rows.learning_rate = self.config.row_lr * rate
         self.model.train()
         count = (packed.labels_B >= 0).float().sum()

@@ -102,3 +102,16 @@ def test_the_interaction_of_a_bf16_run_has_gradients_near_those_of_fp32():
         steps.train(_batch(0), 0)
         gradients.append(before - steps.model.bottom[0].weight.detach())
     torch.testing.assert_close(*gradients, atol=0.02 * gradients[0].abs().max().item(), rtol=0.1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plugins_own_parameters_have_a_rate_of_their_own(device):
+    changes = []
+    for rate in (0.0, 0.01):
+        steps = _steps(device, _model("tensorly_tt:rank=2"), dense_optimizer="sgd", dense_lr=0.1, plugin_lr=rate)
+        before = {n: p.detach().cpu().clone() for n, p in steps.model.named_parameters()}
+        steps.train(_batch(0), 0)
+        changes.append({n: p.detach().cpu() - before[n] for n, p in steps.model.named_parameters()})
+    for name, change in changes[0].items():
+        factor = 0.1 if name.startswith("bags.") else 1.0
+        torch.testing.assert_close(changes[1][name], change * factor, atol=1e-7, rtol=1e-3)
