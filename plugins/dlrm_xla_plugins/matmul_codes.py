@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.rows import one_hot
+from dlrm_xla_plugins.tensor_factors import unit_factor
 from dlrm_xla_plugins.tensor_train import row_radices
 
 
@@ -44,7 +45,7 @@ class MatmulCodesBag(nn.Module):
         self.hot_rows = nn.Parameter(torch.empty(hot, table.dim).normal_(std=table.start_std))
         self.radices = row_radices(table.num_rows - hot) if table.num_rows > hot else None
         if self.radices:
-            self.codebooks = nn.ParameterList(torch.empty(n, rank).normal_() for n in self.radices)
+            self.codebooks = nn.ParameterList(unit_factor(n, rank) for n in self.radices)
             self.columns = nn.Parameter(torch.empty(rank, table.dim).normal_(std=table.start_std / math.sqrt(rank)))
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32) -> nn.Module:
 
         i -> (i1, i2, i3) in mixed radix (n1, n2, n3),  e_i = (A[i1] * B[i2] * C[i3]) D^T,   * element by element
 
-    Keeps rank (n1 + n2 + n3 + dim) numbers. Ends a composition: it asks ``inner`` for nothing. A, B and C start normal
-    with variance 1, D with start_std^2 / rank.
+    Keeps rank (n1 + n2 + n3 + dim) numbers. Ends a composition: it asks ``inner`` for nothing. A, B and C start
+    with variance 1, D normal with start_std^2 / rank.
 
     Kolda & Bader 2009, "Tensor Decompositions and Applications", section 3; Carroll & Chang 1970; Harshman 1970.
     """
@@ -36,14 +36,22 @@ def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6) -> nn.Module
         i -> (i1, i2, i3) in mixed radix (n1, n2, n3),  e_i = G x1 A[i1] x2 B[i2] x3 C[i3],   G [rank, rank, rank, dim]
 
     Keeps rank (n1 + n2 + n3) + rank^3 dim numbers; the column's own factor is part of the core, which it would only
-    widen again. Ends a composition: it asks ``inner`` for nothing. All start normal with the variance that gives rows
-    the exact table's.
+    widen again. Ends a composition: it asks ``inner`` for nothing. All start with the variance that gives rows the
+    exact table's.
 
     Kolda & Bader 2009, "Tensor Decompositions and Applications", section 4; Tucker 1966.
     """
     if rank < 1:
         raise ValueError(f"tensorly_tucker: rank is {rank}, but must be at least 1")
     return TuckerBag(table, rank)
+
+
+def unit_factor(num_rows: int, rank: int) -> nn.Parameter:
+    """Factor [num_rows, rank] whose products keep a variance of 1: random signs times uniform(0.5, 1.4).
+
+    Products of three normal numbers are mostly near zero and now and then large; these stay from 0.1 to 2.7.
+    """
+    return nn.Parameter(torch.empty(num_rows, rank).normal_().sign() * torch.empty(num_rows, rank).uniform_(0.5, 1.4))
 
 
 class _DigitFactors(nn.Module):
@@ -54,7 +62,7 @@ class _DigitFactors(nn.Module):
         self.table = table
         self.rank = rank
         self.rows = row_radices(table.num_rows)
-        self.factor1, self.factor2, self.factor3 = (nn.Parameter(torch.empty(n, rank).normal_()) for n in self.rows)
+        self.factor1, self.factor2, self.factor3 = (unit_factor(n, rank) for n in self.rows)
 
     def digits(self, ids_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [N, rank] of the three factors."""
