@@ -1,0 +1,176 @@
+"""Makes one table and one plot of many runs: test AUC and log loss against bytes, by plugin, over seeds.
+
+python launch/compare.py runs/*                                     prints the table
+python launch/compare.py runs/* --into docs/approximations.md      puts it between the file's markers, the plot beside
+
+Runs of one plugin, ratio, device and setting are one row: the mean over their seeds, and the distance from the lowest
+to the highest. Runs on other data, or with another setting that changes results, are refused: they do not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+
+from dlrm_xla.errors import UserError
+
+MARKERS = ("<!-- results: made by launch/compare.py -->", "<!-- end of results -->")
+# What may differ between runs that are compared; of every other setting there must be one value.
+MAY_DIFFER = {"plugin", "ratio", "seed", "device", "out", "data_cache", "plugin_lr", "tables", "min_rows"}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A run's report with its settings."""
+    try:
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is no finished run: {error.strerror} {error.filename}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: cannot read its report or config: {error}") from error
+    report["settings"] = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
+    report["folder"] = str(folder)
+    return report
+
+
+def check_alike(reports: Sequence[dict[str, Any]]) -> None:
+    """Raises a UserError where a setting that changes results has two values, or a run was interrupted."""
+    first = reports[0]
+    for report in reports:
+        if report["interrupted"]:
+            raise UserError(f"{report['folder']} was interrupted; finish it or leave it out")
+        for key in sorted(first["settings"].keys() | report["settings"].keys()):
+            here, there = (r["settings"].get(key) for r in (report, first))
+            if key == "data":
+                here, there = (Path(str(v)).name for v in (here, there))
+            if here != there and key not in MAY_DIFFER:
+                raise UserError(
+                    f"{report['folder']} has {key} {here}, {first['folder']} has {there}: such runs do not compare"
+                )
+        if report["exact_embedding_bytes"] != first["exact_embedding_bytes"]:
+            raise UserError(f"{report['folder']} and {first['folder']} ran on other data: their exact tables differ")
+
+
+def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per plugin, ratio, device and learning rate of plugins, by ratio and then by AUC."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for report in reports:
+        settings = report["settings"]
+        groups.setdefault(
+            (report["plugin"], settings.get("ratio") or 0, report["device"], settings.get("plugin_lr") or 0), []
+        ).append(report)
+    found = []
+    for (plugin, ratio, device, rate), group in groups.items():
+        seeds = [r["seed"] for r in group]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"two runs of {plugin} at ratio {ratio:g} on {device} have one seed: {sorted(seeds)}")
+        row: dict[str, Any] = {"plugin": plugin, "ratio asked": ratio, "device": device, "plugin lr": rate}
+        row |= {"seeds": len(seeds), "bytes": round(statistics.mean(r["embedding_bytes"] for r in group))}
+        row["training bytes"] = round(
+            statistics.mean(sum(t["padded"] + t["optimizer"] + t["gradient"] for t in r["tables"]) for r in group)
+        )
+        row["ratio"] = group[0]["exact_embedding_bytes"] / row["bytes"]
+        for name in ("auc", "log_loss"):
+            values = [r[name] for r in group]
+            row[name] = statistics.mean(values)
+            row[f"{name} spread"] = max(values) - min(values)
+        row["samples/s"] = statistics.median(r["train_samples_per_second"] for r in group)
+        found.append(row)
+    return sorted(found, key=lambda r: (r["ratio asked"], -r["auc"]))
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    several = len({r["device"] for r in found}) > 1
+    lines = [
+        "| plugin | asked | ratio | bytes to serve | bytes to train | AUC | spread | log loss | spread | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        name = f"`{r['plugin']}`" + (f", rate {r['plugin lr']:g}" if r["plugin lr"] else "")
+        name += f" on {r['device']}" if several else ""
+        asked = f"{r['ratio asked']:g}x" if r["ratio asked"] else ""
+        lines.append(
+            f"| {name} | {asked} | {r['ratio']:,.1f}x | {r['bytes']:,} | {r['training bytes']:,} | {r['auc']:.4f} | "
+            f"{r['auc spread']:.4f} | {r['log_loss']:.4f} | {r['log_loss spread']:.4f} | {r['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """AUC against bytes to serve, a line per plugin; ``top_rows`` as the line to beat and ``exact`` dashed."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for r in found:
+        if r["plugin"] == "exact":
+            axes.axhline(r["auc"], color="black", linestyle="--", linewidth=1, label="exact tables of this setting")
+            continue
+        lines.setdefault(r["plugin"] + (f", rate {r['plugin lr']:g}" if r["plugin lr"] else ""), []).append(r)
+    colours = pyplot.get_cmap("tab20").colors
+    for number, (name, points) in enumerate(sorted(lines.items())):
+        points.sort(key=lambda r: r["bytes"])
+        line = {"color": "black", "linewidth": 2.5} if name == "top_rows" else {"color": colours[number % 20]}
+        axes.errorbar(
+            [r["bytes"] for r in points],
+            [r["auc"] for r in points],
+            yerr=[r["auc spread"] / 2 for r in points],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name + (", the line to beat" if name == "top_rows" else ""),
+            **line,
+        )
+    axes.set(xscale="log", xlabel="bytes to serve, all tables", ylabel="test AUC, mean over seeds (bar: their spread)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def put(path: Path, text: str) -> None:
+    """Replaces what lies between a file's markers."""
+    whole = path.read_text()
+    if not all(whole.count(marker) == 1 for marker in MARKERS):
+        raise UserError(f"{path} must have one line {MARKERS[0]!r} and one {MARKERS[1]!r}, between which results go")
+    head, rest = whole.split(MARKERS[0])
+    path.write_text(f"{head}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for the user's mistakes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--into", type=Path, help="Markdown file with the two markers")
+    given = parser.parse_args(arguments)
+    try:
+        reports = [read(folder) for folder in given.runs if folder.is_dir()]
+        if not reports:
+            raise UserError("none of these is a run folder; give the folders that launch/run.py wrote")
+        check_alike(reports)
+        found = rows(reports)
+        if given.into is None:
+            print(table(found))
+            return 0
+        picture = given.into.with_suffix(".png")
+        put(given.into, f"{table(found)}\n\n![AUC against bytes]({picture.name})")
+        plot(found, picture)
+        print(f"wrote {given.into} and {picture}")
+        return 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
