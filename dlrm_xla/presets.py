@@ -37,6 +37,8 @@ PRESETS: dict[str, Preset] = {
             "bottom": [512, 256, 64],
             "top": [512, 256],
             "evals_per_epoch": 4,
+            # By validation AUC at 100x: tensorly_tt 0.737 at 0.001, 0.744 at 0.003 and 0.01, 0.731 at 0.03.
+            "plugin_lr": 0.003,
             # The shape of the Kaggle tables, cut so that the demonstration runs anywhere.
             "synthetic_tables": [min(rows, 20_000) for rows in KAGGLE_ROWS],
         },
