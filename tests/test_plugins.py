@@ -23,6 +23,9 @@ COMPOSITIONS = [
     "quotient_remainder+random_projection:kind=sparse_sign",
     "hash_rows:rows=1500,method=multiply_shift",
     "quotient_remainder:op=add,collisions=7",
+    "compositional:parts=4,op=add",
+    "tensorly_cp:rank=8,block=true",
+    "tensorly_tucker:rank=3,block=true",
     "hash_rows:rows=4000+tensorly_tt:rank=3",
     "hash_rows:rows=1500,method=signed",
     "hot_cold:hot=200+tensorly_tt",
@@ -75,22 +78,6 @@ def test_tensor_train_from_a_table_by_tensorly(rows, dim, backend):
     assert errors[2] < 1e-5, "at full rank the train is the table"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tltorch") is None, reason="tensorly-torch is not installed")
-def test_tensor_train_rows_are_those_of_tensorlys_own_tt_matrix():
-    import tensorly as tl
-
-    bag = TensorTrainBag(Table("t", 60, 8), 3)
-    cores = []
-    for core, n, d, left, right in zip(
-        (bag.core1, bag.core2, bag.core3), bag.rows, bag.columns, (1, 3, 3), (3, 3, 1), strict=True
-    ):
-        cores.append(core.detach().numpy().reshape(n, left, d, right).transpose(1, 0, 2, 3))
-    with tl.backend_context("numpy"):
-        full = tl.tt_matrix_to_matrix(tl.tt_matrix.TTMatrix(cores))
-    ids = torch.arange(60, dtype=torch.int32).unsqueeze(1)
-    np.testing.assert_allclose(bag(ids, torch.ones(60, 1)).detach().numpy(), full[:60, :8], atol=1e-6)
-
-
 def test_tensor_train_never_builds_the_table():
     bag = TensorTrainBag(Table("huge", 2**31 - 1, 64), 4)
     ids = torch.tensor([[0], [2**31 - 2], [12345]], dtype=torch.int32)
@@ -110,6 +97,17 @@ def test_quotient_remainder_multiplies_before_pooling():
     q, r = bag.quotient.weight, bag.remainder.weight
     out = bag(torch.tensor([[4, 17]], dtype=torch.int32), torch.tensor([[1.0, 2.0]]))
     torch.testing.assert_close(out[0], q[1] * r[1] + 2 * q[5] * r[2])
+
+
+@pytest.mark.parametrize("op", ["mult", "add"])
+def test_compositional_rows_are_made_of_the_digits_of_an_id(op):
+    bag = _made(f"compositional:parts=4,collisions=27,op={op}", Table("t", 1000, 4))
+    ids = torch.arange(1000)
+    parts = [bag.quotient.weight[ids // 27], bag.remainder.weight[ids % 3]]
+    parts += [bag.remainder2.weight[ids // 3 % 3], bag.remainder3.weight[ids // 9 % 3]]
+    expected = torch.stack(parts).prod(0) if op == "mult" else torch.stack(parts).sum(0)
+    torch.testing.assert_close(_rows(bag, 1000), expected.detach())
+    assert bytes_kept(bag) == (38 + 3 * 3) * 4 * 4
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "sparse_sign"])
@@ -219,18 +217,44 @@ def test_a_table_of_low_rank_is_found_again_by_tensorly(kind):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tltorch") is None, reason="tensorly-torch is not installed")
-@pytest.mark.parametrize("kind", ["cp", "tucker"])
-def test_factor_rows_are_those_of_tensorlys_own_rebuilt_tensor(kind):
-    import tensorly as tl
+@pytest.mark.filterwarnings("ignore:Given only one int for 'rank'")
+@pytest.mark.parametrize(
+    ("factorization", "spec"),
+    [
+        ("blocktt", "tensorly_tt:rank=2"),
+        ("cp", "tensorly_cp:rank=2,block=true"),
+        ("tucker", "tensorly_tucker:rank=2,block=true"),
+    ],
+)
+def test_rows_are_those_of_tensorly_torchs_factorized_embedding(factorization, spec):
+    import tltorch
 
-    bag = {"cp": CPBag, "tucker": TuckerBag}[kind](Table("t", 60, 6), 3)
-    factors = [f.detach().numpy() for f in (bag.factor1, bag.factor2, bag.factor3)]
-    with tl.backend_context("numpy"):
-        if kind == "cp":
-            full = tl.cp_to_tensor((np.ones(3), [*factors, bag.columns.detach().numpy()]))
+    torch.manual_seed(0)
+    twin = tltorch.FactorizedEmbedding(
+        64,
+        8,
+        auto_tensorize=False,
+        tensorized_num_embeddings=(4, 4, 4),
+        tensorized_embedding_dim=(2, 2, 2),
+        factorization=factorization,
+        rank=2,
+    )
+    bag = _made(spec, Table("t", 64, 8))
+    theirs = dict(twin.named_parameters())
+    factors = [theirs[f"weight.factors.factor_{k}"].detach() for k in range(3 if factorization == "blocktt" else 6)]
+    with torch.no_grad():
+        if factorization == "blocktt":
+            for core, factor in zip((bag.core1, bag.core2, bag.core3), factors, strict=True):
+                core.copy_(factor.transpose(0, 1).reshape(core.shape))  # [left, row, column, right]
         else:
-            full = tl.tucker_to_tensor((bag.core.detach().numpy().reshape(3, 3, 3, 6), [*factors, np.eye(6)]))
-    np.testing.assert_allclose(_rows(bag, 60).numpy(), full.reshape(-1, 6)[:60], atol=1e-5)
+            for ours, factor in zip((bag.factor1, bag.factor2, bag.factor3, *bag.columns), factors, strict=True):
+                ours.copy_(factor)
+            if factorization == "cp":
+                bag.factor1.mul_(theirs["weight.weights"].detach())
+            else:
+                bag.core.copy_(theirs["weight.core"].detach().reshape(bag.core.shape))
+    expected = twin.weight.to_matrix().detach()
+    torch.testing.assert_close(_rows(bag, 64), expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
 
 
 @needs_xla

@@ -9,6 +9,23 @@ from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.rows import RowTable
+from dlrm_xla_plugins.hashing import MappedIds
+
+
+@sized("rows", lambda table: range(2, table.num_rows))
+def top_rows(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
+    """The most frequent ids keep rows of their own, all others share one: the line that a method must beat.
+
+        e_i = W[min(i, rows - 1)],  id 0, missing, among those with a row of its own
+
+    Keeps rows x dim numbers; a table with no more rows stays as it is.
+    """
+    if rows < 2:
+        raise ValueError(f"top_rows: rows is {rows}, but must be at least 2: one for missing ids, one for the rest")
+    if table.num_rows <= rows:
+        return inner(table)
+    shorter = replace(table, name=f"{table.name}.top", num_rows=rows, std=table.start_std)
+    return MappedIds(inner(shorter), lambda ids: ids.clamp(max=rows - 1))
 
 
 @sized("hot", lambda table: range(1, table.num_rows))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
-from dlrm_xla.ids import divide_ids
 from dlrm_xla_plugins import hashes
 
 
@@ -41,22 +40,6 @@ def hash_rows(
         return torch.where(ids == 0, ids, 1 + found)
 
     return MappedIds(inner(shorter), hashed, hashes.sign if method == "signed" else None)
-
-
-@sized("rows", lambda table: range(2, table.num_rows))
-def top_rows(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
-    """The most frequent ids keep rows of their own, all others share one: the line that a method must beat.
-
-        e_i = W[min(i, rows - 1)],  id 0, missing, among those with a row of its own
-
-    Keeps rows x dim numbers; a table with no more rows stays as it is.
-    """
-    if rows < 2:
-        raise ValueError(f"top_rows: rows is {rows}, but must be at least 2: one for missing ids, one for the rest")
-    if table.num_rows <= rows:
-        return inner(table)
-    shorter = replace(table, name=f"{table.name}.top", num_rows=rows, std=table.start_std)
-    return MappedIds(inner(shorter), lambda ids: ids.clamp(max=rows - 1))
 
 
 class MappedIds(nn.Module):
@@ -246,56 +229,3 @@ class BlocksBag(nn.Module):
             for k in range(self.num_parts)
         ]
         return torch.cat(parts, 1)[:, : self.dim]
-
-
-@sized("collisions", lambda table: range(math.isqrt(table.num_rows), 1, -1))
-def quotient_remainder(
-    table: Table, inner: MakeBag, *, collisions: int = 4, op: Literal["mult", "add"] = "mult"
-) -> nn.Module:
-    """Compositional rows: one table of id quotients and one of remainders, multiplied or added.
-
-        e_i = Q[i // collisions] op R[i mod collisions]
-
-    Keeps (ceil(num_rows / collisions) + collisions) x dim numbers, and every id still has a row of its own. Rows
-    are multiplied before the bag is summed. Q starts like the exact table and R with standard deviation 1 (mult),
-    or each with 1/sqrt(2) of the exact table's (add), so that their combination starts like the exact table.
-
-    Shi et al. 2020, "Compositional Embeddings Using Complementary Partitions", section 4.
-    """
-    if collisions < 2:
-        raise ValueError(f"quotient_remainder: collisions is {collisions}, but must be at least 2")
-    std = table.start_std
-    std_q, std_r = (std, 1.0) if op == "mult" else (std / math.sqrt(2), std / math.sqrt(2))
-    quotients = math.ceil(table.num_rows / collisions)
-    remainders = min(collisions, table.num_rows)
-    return QuotientRemainderBag(
-        inner(replace(table, name=f"{table.name}.quotient", num_rows=quotients, std=std_q)),
-        inner(replace(table, name=f"{table.name}.remainder", num_rows=remainders, std=std_r)),
-        collisions,
-        multiply=op == "mult",
-    )
-
-
-class QuotientRemainderBag(nn.Module):
-    """out_b = sum_l w[b, l] (Q[i // c] op R[i mod c]), i = ids[b, l]."""
-
-    def __init__(self, quotient: nn.Module, remainder: nn.Module, collisions: int, *, multiply: bool) -> None:
-        super().__init__()
-        self.quotient = quotient
-        self.remainder = remainder
-        self.collisions = collisions
-        self.multiply = multiply
-
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        quotients_BL = divide_ids(ids_BL, self.collisions)
-        remainders_BL = ids_BL % self.collisions
-        if not self.multiply:
-            out_BD: Tensor = self.quotient(quotients_BL, weights_BL) + self.remainder(remainders_BL, weights_BL)
-            return out_BD
-        # A bag of one slot gives the row itself, which is what must be multiplied.
-        weights_N1 = weights_BL.reshape(-1, 1)
-        ones_N1 = torch.ones_like(weights_N1)
-        rows_ND: Tensor = self.quotient(quotients_BL.reshape(-1, 1), weights_N1) * self.remainder(
-            remainders_BL.reshape(-1, 1), ones_N1
-        )
-        return rows_ND if ids_BL.shape[1] == 1 else rows_ND.view(*ids_BL.shape, -1).sum(1)

@@ -10,48 +10,54 @@ from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
-from dlrm_xla_plugins.tensor_train import row_radices
+from dlrm_xla_plugins.tensor_train import column_radices, row_radices
 
 
 @sized("rank", lambda table: range(1, 4097))
-def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32) -> nn.Module:
+def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32, block: bool = False) -> nn.Module:
     """Canonical polyadic decomposition: a row is a product of three factors' rows, widened by a fourth.
 
         i -> (i1, i2, i3) in mixed radix (n1, n2, n3),  e_i = (A[i1] * B[i2] * C[i3]) D^T,   * element by element
 
-    Keeps rank (n1 + n2 + n3 + dim) numbers. Ends a composition: it asks ``inner`` for nothing. A, B and C start
-    with variance 1, D normal with start_std^2 / rank.
+    With ``block`` the columns are digits too, j -> (j1, j2, j3), and D[j] = U[j1] * V[j2] * W[j3].
+
+    Keeps rank (n1 + n2 + n3 + dim) numbers, dim replaced by d1 + d2 + d3 with ``block``. Ends a composition: it asks
+    ``inner`` for nothing. A, B and C start with variance 1, D normal with start_std^2 / rank.
 
     Kolda & Bader 2009, "Tensor Decompositions and Applications", section 3; Carroll & Chang 1970; Harshman 1970.
     """
     if rank < 1:
         raise ValueError(f"tensorly_cp: rank is {rank}, but must be at least 1")
-    return CPBag(table, rank)
+    return CPBag(table, rank, block)
 
 
 @sized("rank", lambda table: range(1, 25))
-def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6) -> nn.Module:
+def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6, block: bool = False) -> nn.Module:
     """Tucker decomposition: three factors' rows meet in a core tensor.
 
         i -> (i1, i2, i3) in mixed radix (n1, n2, n3),  e_i = G x1 A[i1] x2 B[i2] x3 C[i3],   G [rank, rank, rank, dim]
 
-    Keeps rank (n1 + n2 + n3) + rank^3 dim numbers; the column's own factor is part of the core, which it would only
-    widen again. Ends a composition: it asks ``inner`` for nothing. All start with the variance that gives rows the
-    exact table's.
+    With ``block`` the columns are digits too, and the core is [rank, rank, rank, s1, s2, s3] times a factor [d_k, s_k]
+    of each, s_k = min(rank, d_k).
+
+    Keeps rank (n1 + n2 + n3) + rank^3 dim numbers; without ``block`` the column's own factor is part of the core, which
+    it would only widen again. Ends a composition: it asks ``inner`` for nothing. All start with the variance that
+    gives rows the exact table's.
 
     Kolda & Bader 2009, "Tensor Decompositions and Applications", section 4; Tucker 1966.
     """
     if rank < 1:
         raise ValueError(f"tensorly_tucker: rank is {rank}, but must be at least 1")
-    return TuckerBag(table, rank)
+    return TuckerBag(table, rank, block)
 
 
 def unit_factor(num_rows: int, rank: int) -> nn.Parameter:
-    """Factor [num_rows, rank] whose products keep a variance of 1: random signs times uniform(0.5, 1.4).
+    """Factor [num_rows, rank] whose products keep a variance of 1: random signs times uniform(0.5, 1.4), scaled.
 
     Products of three normal numbers are mostly near zero and now and then large; these stay from 0.1 to 2.7.
     """
-    return nn.Parameter(torch.empty(num_rows, rank).normal_().sign() * torch.empty(num_rows, rank).uniform_(0.5, 1.4))
+    factor = torch.empty(num_rows, rank).normal_().sign() * torch.empty(num_rows, rank).uniform_(0.5, 1.4)
+    return nn.Parameter(factor / factor.square().mean(0).sqrt())
 
 
 class _DigitFactors(nn.Module):
@@ -94,14 +100,27 @@ def _digit_tensor(table: Table, weight_RD: Tensor, rows: tuple[int, int, int]) -
 class CPBag(_DigitFactors):
     """Embedding bag of ``tensorly_cp``; (ids_BL, weights_BL) -> out_BD."""
 
-    def __init__(self, table: Table, rank: int) -> None:
+    def __init__(self, table: Table, rank: int, block: bool = False) -> None:
         super().__init__(table, rank)
-        self.columns = nn.Parameter(torch.empty(table.dim, rank).normal_(std=table.start_std / math.sqrt(rank)))
+        std = table.start_std / math.sqrt(rank)
+        if block:
+            self.columns = nn.ParameterList(unit_factor(d, rank) for d in column_radices(table.dim))
+            with torch.no_grad():
+                self.columns[-1].mul_(std)
+        else:
+            self.columns = nn.ParameterList([torch.empty(table.dim, rank).normal_(std=std)])
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         first, second, third = self.digits(ids_BL)
         # Summed before it is widened, which is the same by linearity.
-        return _pooled(first * second * third, weights_BL) @ self.columns.t()
+        return _pooled(first * second * third, weights_BL) @ self.column_factor().t()
+
+    def column_factor(self) -> Tensor:
+        """D [dim, rank]."""
+        columns: Tensor = self.columns[0]
+        for factor in self.columns[1:]:
+            columns = (columns.unsqueeze(1) * factor).flatten(0, 1)
+        return columns[: self.table.dim]
 
     @classmethod
     def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> CPBag:
@@ -114,7 +133,7 @@ class CPBag(_DigitFactors):
             found = parafac(_digit_tensor(table, weight_RD, bag.rows), rank, init="random", random_state=0)
         with torch.no_grad():
             for k, (target, factor) in enumerate(
-                zip((bag.factor1, bag.factor2, bag.factor3, bag.columns), found.factors, strict=True)
+                zip((bag.factor1, bag.factor2, bag.factor3, bag.columns[0]), found.factors, strict=True)
             ):
                 target.copy_(torch.from_numpy(factor * found.weights if k == 3 else factor))
         return bag
@@ -123,15 +142,25 @@ class CPBag(_DigitFactors):
 class TuckerBag(_DigitFactors):
     """Embedding bag of ``tensorly_tucker``; (ids_BL, weights_BL) -> out_BD."""
 
-    def __init__(self, table: Table, rank: int) -> None:
+    def __init__(self, table: Table, rank: int, block: bool = False) -> None:
         super().__init__(table, rank)
-        self.core = nn.Parameter(torch.empty(rank**3, table.dim).normal_(std=table.start_std / rank**1.5))
+        radices = column_radices(table.dim) if block else ()
+        ranks = [min(rank, d) for d in radices]
+        self.columns = nn.ParameterList(unit_factor(d, s) for d, s in zip(radices, ranks, strict=True))
+        std = table.start_std / math.sqrt(rank**3 * math.prod(ranks))
+        self.core = nn.Parameter(torch.empty(rank**3, math.prod(ranks) if block else table.dim).normal_(std=std))
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         first, second, third = self.digits(ids_BL)
         outer_N = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
         outer_N = (outer_N.unsqueeze(2) * third.unsqueeze(1)).flatten(1)
-        return _pooled(outer_N, weights_BL) @ self.core
+        out_B = _pooled(outer_N, weights_BL) @ self.core
+        if not self.columns:
+            return out_B
+        # The columns' factors one after the other: [B, s1, s2, s3] -> [B, s2, s3, d1] -> ... -> [B, d1, d2, d3].
+        for factor in self.columns:
+            out_B = (out_B.view(len(out_B), factor.shape[1], -1).transpose(1, 2) @ factor.t()).flatten(1)
+        return out_B[:, : self.table.dim]
 
     @classmethod
     def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> TuckerBag:
