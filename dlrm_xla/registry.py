@@ -161,19 +161,3 @@ def _around(layer: Layer, plugin: Plugin, inner: MakeBag) -> MakeBag:
         return plugin(table, inner, **layer.options)
 
     return make
-
-
-def describe() -> list[dict[str, str]]:
-    """One row per installed plugin: name, package, options with defaults, first line of its docstring."""
-    rows = []
-    for name, entry in sorted(installed().items()):
-        row = {"name": name, "package": package(entry)}
-        try:
-            plugin = load(name)
-        except UserError as error:
-            rows.append(row | {"options": "", "summary": f"BROKEN: {error}"})
-            continue
-        options = ", ".join(f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options_of(plugin).values())
-        summary = (inspect.getdoc(plugin) or "").partition("\n")[0]
-        rows.append(row | {"options": options, "summary": summary})
-    return rows

@@ -25,7 +25,7 @@ from dlrm_xla_data.prepared import PreparedDataset, open_prepared
 from dlrm_xla_data.synthetic import synthesize
 from torch import nn
 
-from dlrm_xla import checkpoint, registry
+from dlrm_xla import checkpoint, listing, registry
 from dlrm_xla import plan as planning
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.contract import MakeBag, Table
@@ -166,10 +166,12 @@ def check_memory(plan: Plan) -> None:
 def list_plugins() -> None:
     """Prints the installed plugins."""
     print("exact  (dlrm_xla)\n    Every row as it is; the default, and what every other plugin is built around.")
-    for row in registry.describe():
+    for row in listing.describe():
         print(f"{row['name']}  ({row['package']})\n    {row['summary']}")
         if row["options"]:
             print(f"    options: {row['options']}")
+        if row["traits"]:
+            print(f"    {row['traits']}")
 
 
 def run(config: Config, origins: dict[str, str]) -> int:

@@ -4,7 +4,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from dlrm_xla import plan, registry
+from dlrm_xla import listing, plan, registry
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
 from dlrm_xla.rows import RowTable
@@ -13,7 +13,7 @@ OURS = {"tensorly_tt", "hash_rows", "quotient_remainder", "random_projection"}
 
 
 def test_our_plugins_come_through_the_same_door():
-    rows = {row["name"]: row for row in registry.describe()}
+    rows = {row["name"]: row for row in listing.describe()}
     assert set(rows) >= OURS
     for name in OURS:
         assert rows[name]["package"].startswith("dlrm_xla ")
@@ -59,7 +59,7 @@ def test_a_plugin_that_does_not_import_is_named_and_spoils_no_list(monkeypatch):
     )
     with pytest.raises(UserError, match=r"plugin 'broken'.*does not import.*no_such_module"):
         registry.parse("broken")
-    rows = registry.describe()
+    rows = listing.describe()
     assert [row["name"] for row in rows] == ["broken", "tensorly_tt"]
     assert "BROKEN" in rows[0]["summary"]
 
@@ -116,3 +116,27 @@ def test_bytes_count_buffers_that_are_kept():
     bag = registry.compose(registry.parse("random_projection:dim=4"), RowTable)(Table("t", 100, 16))
     assert plan.bytes_kept(bag) == (100 * 4 + 4 * 16) * 4
     assert isinstance(bag.matrix, torch.Tensor)
+
+
+def test_the_list_says_where_plugins_run_what_they_compose_with_and_their_floor():
+    rows = {row["name"]: row["traits"] for row in listing.describe()}
+    assert rows["hash_rows"] == "runs on cpu, cuda, xla; composes anywhere; at most 500,000x by rows"
+    assert rows["low_rank"] == "runs on cpu, cuda, xla; composes anywhere; at most 16x by rank"
+    assert rows["tensorly_tt"].startswith("runs on cpu, cuda, xla; composes last, for it asks for no rows; at most ")
+    assert rows["int4"] == "runs on cpu, cuda, xla; composes last, for it needs rows; at most 6.4x, not sized"
+
+
+def test_a_plugin_whose_shapes_depend_on_the_data_does_not_run_on_xla():
+    def unique_ids(table, inner):
+        class Bag(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bag = inner(table)
+
+            def forward(self, ids_BL, weights_BL):
+                assert len(ids_BL.unique()) >= 0
+                return self.bag(ids_BL, weights_BL)
+
+        return Bag()
+
+    assert listing.traits(unique_ids).devices == "cpu, cuda"

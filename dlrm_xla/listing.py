@@ -1,0 +1,121 @@
+"""The list of plugins: options, and where each runs, what it composes with and how small it gets.
+
+The latter is found by building the plugin on the ``meta`` device, so that it holds for a stranger's as for ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dlrm_xla.contract import Plugin, Size, Table
+from dlrm_xla.errors import UserError
+from dlrm_xla.plan import bytes_kept
+from dlrm_xla.registry import installed, load, options_of, package, type_name
+from dlrm_xla.rows import RowTable
+
+PROBE = Table("probe", 1_000_000, 16)
+# Where even the smallest sizes cannot be built, as many are tried.
+_TRIES = 100
+
+
+def describe() -> list[dict[str, str]]:
+    """One row per installed plugin: name, package, summary (its docstring's first line), options, traits.
+
+    A plugin that does not import has a summary that says so, and the rest empty.
+    """
+    rows = []
+    for name, entry in sorted(installed().items()):
+        row = {"name": name, "package": package(entry), "options": "", "traits": ""}
+        try:
+            plugin = load(name)
+        except UserError as error:
+            rows.append(row | {"summary": f"BROKEN: {error}"})
+            continue
+        row["summary"] = (inspect.getdoc(plugin) or "").partition("\n")[0]
+        row["options"] = ", ".join(
+            f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options_of(plugin).values()
+        )
+        try:
+            found = traits(plugin)
+        except Exception as error:  # whatever a stranger's plugin raises: its line says so, the list goes on
+            rows.append(row | {"traits": f"cannot be built for a table of {PROBE.num_rows:,} rows: {error}"})
+            continue
+        rows.append(row | {"traits": f"runs on {found.devices}; composes {found.composable}; at most {found.floor}"})
+    return rows
+
+
+class Traits(NamedTuple):
+    """``devices``, ``composable`` and ``floor`` in words, for one plugin."""
+
+    devices: str
+    composable: str
+    floor: str
+
+
+class _Stranger(nn.Module):
+    """Stands for another plugin's bag: nothing is known of it but its output."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids_BL: torch.Tensor, weights_BL: torch.Tensor) -> torch.Tensor:
+        return weights_BL.new_zeros(len(ids_BL), self.table.dim)
+
+
+def traits(plugin: Plugin) -> Traits:
+    """Devices, composition and floor of a plugin, at a table of 1,000,000 x 16."""
+    return Traits(_devices(plugin), _composable(plugin), _floor(plugin))
+
+
+def _built(plugin: Plugin, options: Mapping[str, Any], inner: Any = RowTable) -> nn.Module:
+    with torch.device("meta"):
+        return plugin(PROBE, inner, **options)
+
+
+def _devices(plugin: Plugin) -> str:
+    """A graph of fixed shapes runs on xla as well; without data, data-dependent shapes fail."""
+    try:
+        bag = _built(plugin, {}, _Stranger) if _composable(plugin) == "anywhere" else _built(plugin, {})
+        ids_BL = torch.zeros(4, 2, dtype=torch.int32, device="meta")
+        bag(ids_BL, torch.ones(4, 2, device="meta"))
+    except (NotImplementedError, RuntimeError):
+        return "cpu, cuda"
+    return "cpu, cuda, xla"
+
+
+def _composable(plugin: Plugin) -> str:
+    asked = []
+
+    def inner(table: Table) -> nn.Module:
+        asked.append(table)
+        return _Stranger(table)
+
+    try:
+        _built(plugin, {}, inner)
+    except ValueError:
+        pass
+    else:
+        return "anywhere" if asked else "last, for it asks for no rows"
+    return "last, for it needs rows" if asked else "no"
+
+
+def _floor(plugin: Plugin) -> str:
+    """The highest ratio of exact bytes to bytes kept, by the option that sizes the plugin."""
+    size: Size | None = getattr(plugin, "size", None)
+    exact = PROBE.num_rows * PROBE.dim * 4
+    for value in size.values(PROBE)[:_TRIES] if size else [None]:
+        try:
+            kept = bytes_kept(_built(plugin, {size.option: value} if size else {}))
+        except ValueError:
+            continue
+        if kept >= exact:
+            return "what follows it"
+        sized_by = f" by {size.option}" if size else ", not sized"
+        return f"{exact / kept:,.3g}x{sized_by}" if exact / kept < 1000 else f"{exact / kept:,.0f}x{sized_by}"
+    return "unknown"
