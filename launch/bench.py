@@ -5,6 +5,7 @@ python launch/bench.py --device cpu xla --what step --rows 1000000 --optimizer s
 python launch/bench.py --what update --rows 1000000 --dim 16 64 128 --zipf 0 1.05 --placement sparse dense
 python launch/bench.py --what scale --device cpu xla              the same ids in tables of 1M and of 100M rows in all
 python launch/bench.py --what tt --rows 1000000 --dim 64
+python launch/bench.py --what plugins --ratio 100                 the kaggle step with each plugin, against exact tables
 
 Each case is run by every implementation that can run it, taking turns repetition by repetition, so that what else the
 machine does meets all alike. ``gb_per_s`` is the least that any implementation must move over the median time (ids and
@@ -35,6 +36,7 @@ from dlrm_xla.config import PLACEMENTS
 from dlrm_xla.devices import Device, open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.presets import KAGGLE_ROWS
+from dlrm_xla.registry import EXACT, installed
 from dlrm_xla.row_optim import RULES
 from dlrm_xla.run_folder import versions
 
@@ -51,7 +53,7 @@ def flags() -> argparse.ArgumentParser:
     )
     several: dict[str, Any] = {"nargs": "+"}
     parser.add_argument(
-        "--what", choices=["lookup", "update", "step", "scale", "tt"], default=["update", "step"], **several
+        "--what", choices=["lookup", "update", "step", "scale", "tt", "plugins"], default=["update", "step"], **several
     )
     parser.add_argument("--device", choices=["cpu", "cuda", "xla"], default=["cpu"], **several)
     parser.add_argument(
@@ -68,6 +70,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--placement", choices=["sparse", "dense", "matmul"], default=["sparse"], **several)
     parser.add_argument("--optimizer", choices=list(RULES), default=["sgd"], **several)
     parser.add_argument("--rank", type=int, default=16, help="rank of the tensor trains")
+    parser.add_argument("--plugin", help="of the steps with plugins; all that are installed", **several)
+    parser.add_argument("--ratio", type=float, default=0, help="of the steps with plugins; 0: their default sizes")
     parser.add_argument("--others", choices=["all", "none"], default="all", help="none: only our own rows")
     parser.add_argument("--repeat", type=int, default=20, help="timed repetitions of each")
     parser.add_argument("--out", type=Path, help="JSON file to write; a plot is written beside it")
@@ -82,8 +86,8 @@ def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[C
     )
     for what, device, rows, dim, batch, bag, zipf, optimizer in product:
         capped = tuple(min(r, rows) for r in KAGGLE_ROWS)
-        kind = {"tt": "update", "scale": "step"}.get(what, what)
-        tables = {"step": capped, "scale": SCALES["1M"]}.get(what, (rows,))
+        kind = {"tt": "update", "scale": "step", "plugins": "step"}.get(what, what)
+        tables = {"step": capped, "plugins": capped, "scale": SCALES["1M"]}.get(what, (rows,))
         found.append((Case(kind, device, tables, dim, batch, bag, zipf, optimizer), what))
     return found
 
@@ -94,6 +98,9 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         # The same ids, those of the smallest tables, looked up in tables of every size.
         sized = {n: dataclasses.replace(case, table_rows=tables, id_rows=SCALES["1M"]) for n, tables in SCALES.items()}
         return {f"{OURS} {n}": lambda c=c: arms.ours(c, "sparse") for n, c in sized.items()}
+    if title == "plugins":
+        specs = [EXACT, *(given.plugin or sorted(installed()))]
+        return {f"{OURS} {spec}": lambda s=spec: arms.with_plugin(case, s, given.ratio) for spec in specs}
     if title == "tt":
         makers = {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
         others = {"tltorch blocktt": lambda: arms.tltorch_tt(case, given.rank)}
@@ -153,6 +160,9 @@ def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> l
         except ImportError as error:
             tqdm.write(f"{name}: not installed ({error}); left out")
             continue
+        except UserError as error:
+            tqdm.write(f"{name}: {error}; left out")
+            continue
         if run is not None:
             repetitions[name] = run
     times = measure(case.device, repetitions, given.repeat)
@@ -178,6 +188,7 @@ def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> l
                 "share_of_copy": moved / copy if moved else None,
                 "ratio_to_best_other": min(others) / ms if others else None,
                 "ratio_to_1M": ms / medians[f"{OURS} 1M"] if title == "scale" else None,
+                "ratio_to_exact": ms / medians[f"{OURS} {EXACT}"] if title == "plugins" else None,
             }
         )
     return rows
@@ -187,6 +198,7 @@ def text(row: dict[str, Any]) -> str:
     """A row for people."""
     share = f"{row['gb_per_s']:8.2f} GB/s {row['share_of_copy']:6.1%} of copy" if row["gb_per_s"] else " " * 29
     ratio = f"{row['ratio_to_best_other']:6.2f}x" if row["ratio_to_best_other"] else ""
+    ratio += f"{row['ratio_to_exact']:6.2f} of the time of exact tables" if row["ratio_to_exact"] else ""
     ratio += f"{row['ratio_to_1M']:6.2f} of the time at 1M rows" if row["ratio_to_1M"] else ""
     return (
         f"{row['name']:<28} {row['device']:<5}{row['rows']:>12,} x {row['dim']:<4} batch {row['batch']:<6} bag "

@@ -7,7 +7,7 @@ None where the case is not one for it, and raises ImportError where its package 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from dlrm_xla.batches import PackedBatch
 from dlrm_xla.config import Config, resolve
-from dlrm_xla.contract import Table
+from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device
 from dlrm_xla.model import DLRM, mlp
+from dlrm_xla.plan import bytes_kept, plan
+from dlrm_xla.registry import parse
 from dlrm_xla.row_optim import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import Placement, RowTable
+from dlrm_xla.sizing import Budget
 from dlrm_xla.train import Steps
 
 NUM_BATCHES = 8
@@ -117,17 +120,31 @@ def ours(case: Case, placement: Placement) -> Repetition:
     """The row store of this project."""
     device = case.device
     if case.what == "step":
-        config = _config(case)
-        model = DLRM(
-            13, _tables(case), [RowTable] * len(case.table_rows), bottom=config.bottom, top=config.top, seed=case.seed
-        )
-        steps = Steps(model, [case.bag] * len(case.table_rows), device, config)
-        batches = _packed(case)
-        return lambda k: steps.train(batches[k % NUM_BATCHES], k)
+        return _dlrm_step(case, [RowTable] * len(case.table_rows))
     model = nn.Module()
     model.bag = RowTable(_tables(case)[0])
     store = RowStore(model, device, RowSettings(case.optimizer), LEARNING_RATE, lambda table: placement)  # type: ignore[arg-type]
     return _one_table(case, device.place(model), model.bag, store.step)
+
+
+def _dlrm_step(case: Case, make_bags: Sequence[MakeBag]) -> Repetition:
+    config = _config(case)
+    model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)
+    steps = Steps(model, [case.bag] * len(case.table_rows), case.device, config)
+    batches = _packed(case)
+    return lambda k: steps.train(batches[k % NUM_BATCHES], k)
+
+
+def with_plugin(case: Case, spec: str, ratio: float) -> Repetition:
+    """The train step with tables replaced by a plugin, sized to 1/``ratio`` of the exact bytes; 0: by its options.
+
+    Raises a UserError where the plugin cannot reach the ratio.
+    """
+    budget = None
+    if ratio and parse(spec):
+        exact = sum(case.table_rows) * case.dim * 4
+        budget = Budget(exact / ratio, lambda bag, table: bytes_kept(bag), f"--ratio {ratio:g}", exact)
+    return _dlrm_step(case, plan(_tables(case), spec, {}, _config(case).min_rows, RowTable, budget)[1])
 
 
 def naive(case: Case) -> Repetition:

@@ -94,3 +94,14 @@ def test_tensor_trains_are_compared_with_tensorly_torchs(tmp_path):
     assert bench.main([*flags, "--out", str(out)]) == 0
     names = [row["name"] for row in json.loads(out.read_text())]
     assert names == ["tt dlrm_xla tensorly_tt", "tt tltorch blocktt"]
+
+
+def test_steps_with_plugins_are_measured_against_exact_tables(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    given = ["--what", "plugins", "--plugin", "hash_rows", "low_rank", "--ratio", "30"]
+    assert bench.main([*given, "--rows", "9000", "--batch", "32", "--repeat", "2", "--out", str(out)]) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())}
+    assert set(rows) == {"plugins dlrm_xla exact", "plugins dlrm_xla hash_rows"}
+    hashed, exact = rows["plugins dlrm_xla hash_rows"], rows["plugins dlrm_xla exact"]
+    assert hashed["ratio_to_exact"] == pytest.approx(hashed["ms_median"] / exact["ms_median"])
+    assert "low_rank takes at least" in capsys.readouterr().out, "a plugin that cannot be so small is left out aloud"
