@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_xla
+from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
@@ -76,6 +77,23 @@ def test_tensor_train_from_a_table_by_tensorly(rows, dim, backend):
         errors.append((bag(ids, torch.ones(rows, 1)) - weight).norm().item() / weight.norm().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5, "at full rank the train is the table"
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 5), (40, 5), (40, 100), (64, 1), (333, 21)])
+def test_grouped_products_are_those_of_single_lookups_with_their_gradients(count, rows):
+    torch.manual_seed(0)
+    cores = [torch.randn(rows, 2, 3), torch.randn(rows, 3, 4 * 3), torch.randn(rows, 3, 2)]
+    cores = [c.double().requires_grad_() for c in cores]
+    digits = [(torch.rand(count) ** 3 * rows).to(torch.int32) for _ in cores]  # skewed, with duplicates
+    first, second, third = (core[i.long()] for core, i in zip(cores, digits, strict=True))
+    expected = ((first @ second).view(count, 8, 3) @ third).flatten(1)
+    found = train_rows(cores, digits)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, cores, grad), torch.autograd.grad(expected, cores, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_tensor_train_never_builds_the_table():

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
+from dlrm_xla_plugins.grouped_trains import train_rows
+
+# Numbers in a slice of the middle core from which on grouping pays: forward and backward of 2048 lookups take 4.3
+# against 5.4 ms at 256 (rank 8), 3.9 against 2.2 at 16 (rank 2), on two cores.
+GROUPED = 256
 
 
 @sized("rank", lambda table: range(1, 129))
@@ -72,11 +77,13 @@ class TensorTrainBag(nn.Module):
         i12_N = divide_ids(ids_N, n3)
         i2_N = i12_N % n2
         i1_N = divide_ids(i12_N, n2)
-        first = self.core1.index_select(0, i1_N)
-        second = self.core2.index_select(0, i2_N)
-        third = self.core3.index_select(0, i3_N)
-        left = torch.bmm(first, second).view(-1, d1 * d2, self.rank)
-        rows_ND = torch.bmm(left, third).flatten(1)
+        if self.rank**2 * d2 >= GROUPED:
+            rows_ND = train_rows((self.core1, self.core2, self.core3), (i1_N, i2_N, i3_N))
+        else:
+            first = self.core1.index_select(0, i1_N)
+            second = self.core2.index_select(0, i2_N)
+            left = torch.bmm(first, second).view(-1, d1 * d2, self.rank)
+            rows_ND = torch.bmm(left, self.core3.index_select(0, i3_N)).flatten(1)
         if d1 * d2 * d3 > self.table.dim:
             rows_ND = rows_ND[:, : self.table.dim]
         if ids_BL.shape[1] == 1:
