@@ -3,8 +3,9 @@
 python launch/compare.py runs/*                                     prints the table
 python launch/compare.py runs/* --into docs/approximations.md      puts it between the file's markers, the plot beside
 
-Runs of one plugin, ratio, device and setting are one row: the mean over their seeds, and the distance from the lowest
-to the highest. Runs on other data, or with another setting that changes results, are refused: they do not compare.
+Runs of one plugin, ratio, device, minimum count and learning rates are one row: the mean over their seeds, and the
+distance from the lowest to the highest. Runs on other data, or with another setting that changes results, are refused:
+they do not compare.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from dlrm_xla.errors import UserError
 
 MARKERS = ("<!-- results: made by launch/compare.py -->", "<!-- end of results -->")
 # What may differ between runs that are compared; of every other setting there must be one value.
-MAY_DIFFER = {"plugin", "ratio", "seed", "device", "out", "data_cache", "plugin_lr", "tables", "min_rows"}
+TITLES = ["plugin", "asked", "ratio", "bytes to serve", "bytes to train", "AUC", "spread", "log loss", "spread"]
+TITLES += ["samples/s", "minimum count", "rates", "seeds"]
+RATES = {"plugin_lr": "plugin lr", "row_lr": "row lr"}
+MAY_DIFFER = {"plugin", "ratio", "seed", "device", "out", "data_cache", "tables", "min_rows", "min_count", *RATES}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -60,19 +64,20 @@ def check_alike(reports: Sequence[dict[str, Any]]) -> None:
 
 
 def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per plugin, ratio, device and learning rate of plugins, by ratio and then by AUC."""
+    """One row per plugin, ratio, device, minimum count and learning rates, by ratio and then by AUC."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for report in reports:
         settings = report["settings"]
-        groups.setdefault(
-            (report["plugin"], settings.get("ratio") or 0, report["device"], settings.get("plugin_lr") or 0), []
-        ).append(report)
+        rates = ", ".join(f"{word} {settings[key]:g}" for key, word in RATES.items() if settings.get(key))
+        key = report["plugin"], settings.get("ratio") or 0, report["device"], rates, settings.get("min_count", 1)
+        groups.setdefault(key, []).append(report)
     found = []
-    for (plugin, ratio, device, rate), group in groups.items():
+    for (plugin, ratio, device, rates, count), group in groups.items():
         seeds = [r["seed"] for r in group]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"two runs of {plugin} at ratio {ratio:g} on {device} have one seed: {sorted(seeds)}")
-        row: dict[str, Any] = {"plugin": plugin, "ratio asked": ratio, "device": device, "plugin lr": rate}
+        row: dict[str, Any] = {"plugin": plugin, "ratio asked": ratio, "device": device, "rates": rates}
+        row |= {"minimum count": count}
         row |= {"seeds": len(seeds), "bytes": round(statistics.mean(r["embedding_bytes"] for r in group))}
         row["training bytes"] = round(
             statistics.mean(sum(t["padded"] + t["optimizer"] + t["gradient"] for t in r["tables"]) for r in group)
@@ -90,17 +95,14 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(found: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     several = len({r["device"] for r in found}) > 1
-    lines = [
-        "| plugin | asked | ratio | bytes to serve | bytes to train | AUC | spread | log loss | spread | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
     for r in found:
-        name = f"`{r['plugin']}`" + (f", rate {r['plugin lr']:g}" if r["plugin lr"] else "")
-        name += f" on {r['device']}" if several else ""
+        name = f"`{r['plugin']}`" + (f" on {r['device']}" if several else "")
         asked = f"{r['ratio asked']:g}x" if r["ratio asked"] else ""
         lines.append(
             f"| {name} | {asked} | {r['ratio']:,.1f}x | {r['bytes']:,} | {r['training bytes']:,} | {r['auc']:.4f} | "
-            f"{r['auc spread']:.4f} | {r['log_loss']:.4f} | {r['log_loss spread']:.4f} | {r['seeds']} |"
+            f"{r['auc spread']:.4f} | {r['log_loss']:.4f} | {r['log_loss spread']:.4f} | {r['samples/s']:,.0f} | "
+            f"{r['minimum count']} | {r['rates']} | {r['seeds']} |"
         )
     return "\n".join(lines)
 
@@ -114,9 +116,11 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for r in found:
         if r["plugin"] == "exact":
-            axes.axhline(r["auc"], color="black", linestyle="--", linewidth=1, label="exact tables of this setting")
+            style = "--" if r["minimum count"] > 1 else ":"
+            label = f"exact, ids seen {r['minimum count']} times or more"
+            axes.axhline(r["auc"], color="black", linestyle=style, linewidth=1, label=label)
             continue
-        lines.setdefault(r["plugin"] + (f", rate {r['plugin lr']:g}" if r["plugin lr"] else ""), []).append(r)
+        lines.setdefault(r["plugin"], []).append(r)
     colours = pyplot.get_cmap("tab20").colors
     for number, (name, points) in enumerate(sorted(lines.items())):
         points.sort(key=lambda r: r["bytes"])

@@ -16,6 +16,7 @@ def run_folder(tmp_path):
         folder = tmp_path / f"{plugin}-{seed}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         settings = {"plugin": plugin, "seed": seed, "ratio": 10.0, "epochs": 1, "data": "/somewhere/criteo.tsv"}
+        settings |= {"min_count": 4, "row_lr": 0.02}
         report = {
             "plugin": plugin,
             "seed": seed,
@@ -38,11 +39,15 @@ def run_folder(tmp_path):
 
 
 def test_seeds_of_one_setting_are_one_row(run_folder, capsys):
-    folders = [run_folder("a", 0, 0.75), run_folder("a", 1, 0.77), run_folder("b", 0, 0.8, data="/else/criteo.tsv")]
+    folders = [
+        run_folder("a", 0, 0.75),
+        run_folder("a", 1, 0.77),
+        run_folder("b", 0, 0.8, data="/else/criteo.tsv", row_lr=0.04),
+    ]
     assert compare.main(list(map(str, folders))) == 0
     first, second = capsys.readouterr().out.splitlines()[2:]
-    assert first == "| `b` | 10x | 10.1x | 99,000 | 12 | 0.8000 | 0.0000 | 0.4000 | 0.0000 | 1 |"
-    assert second == "| `a` | 10x | 10.1x | 99,000 | 12 | 0.7600 | 0.0200 | 0.4000 | 0.0000 | 2 |"
+    assert first == "| `b` | 10x | 10.1x | 99,000 | 12 | 0.8000 | 0.0000 | 0.4000 | 0.0000 | 5 | 4 | row lr 0.04 | 1 |"
+    assert second == "| `a` | 10x | 10.1x | 99,000 | 12 | 0.7600 | 0.0200 | 0.4000 | 0.0000 | 5 | 4 | row lr 0.02 | 2 |"
 
 
 def test_a_file_gets_table_and_plot_between_its_markers(run_folder, tmp_path, capsys):

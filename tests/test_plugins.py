@@ -183,6 +183,27 @@ def test_robe_puts_vectors_together_from_blocks():
         assert tuple(row[3:6].tolist()) in blocks
 
 
+@pytest.mark.parametrize("rows", [40, 300])
+def test_cce_clusters_ids_of_like_vectors(rows):
+    bag = _made(f"cce:rows={rows},columns=2", Table("t", 1000, 6))
+    assert bytes_kept(bag) == 2 * rows * 6 * 4 + 1000 * 2 * (1 if rows <= 256 else 2) + 4
+    with torch.no_grad():
+        for hashed in bag.hashed:
+            hashed.zero_()  # so that there are no more vectors than clusters
+    before, codes, other = _rows(bag, 1000), bag.codes.clone(), bag._hash(torch.arange(1000), 0)
+    bag.refresh()
+    # Every vector is found again but for clusters that k-means starts in one place.
+    assert (_rows(bag, 1000) - before).norm() < 0.2 * before.norm()
+    for k in range(2):
+        pairs = torch.stack([codes[:, k].int(), bag.codes[:, k].int()], 1).unique(dim=0)
+        assert len(pairs) == len(codes[:, k].unique()), "ids of one vector are in one cluster"
+    assert not torch.equal(bag._hash(torch.arange(1000), 0), other), "the second hash is another one"
+    twin = _made(f"cce:rows={rows},columns=2", Table("t", 1000, 6))
+    twin.load_state_dict(bag.state_dict())
+    bag.refresh(), twin.refresh()
+    assert torch.equal(twin.codes, bag.codes), "the same from the same state"
+
+
 def test_srht_rows_are_orthogonal_signs():
     matrix = _made("srht:dim=6", Table("t", 5000, 16)).matrix
     torch.testing.assert_close(matrix @ matrix.t(), torch.eye(6) * 16 / 6)
