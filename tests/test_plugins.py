@@ -8,6 +8,7 @@ import torch
 from conftest import needs_xla
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
+from dlrm_xla_plugins.sparse import merge
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
 
@@ -231,6 +232,33 @@ def test_quantized_rows_are_those_that_their_stored_bytes_give_back(bits, dim):
     levels = (torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + 0.5) * scales.float().unsqueeze(2)
     nearest = (levels - weight.unsqueeze(2)).abs().amin(2)
     torch.testing.assert_close((stored - weight).abs(), nearest, atol=1e-6, rtol=1e-3)
+
+
+def test_pruned_rows_keep_their_largest_numbers():
+    bag = _made("prune:kept=3", Table("t", 50, 16))
+    weight, rows = bag.bag.weight.detach(), _rows(bag, 50)
+    assert ((rows != 0).sum(1) == 3).all()
+    assert torch.equal(rows[rows != 0], weight[rows != 0])
+    assert (weight.abs() * (rows == 0)).amax(1).lt(torch.where(rows == 0, 9, rows.abs()).amin(1)).all()
+    assert bytes_kept(bag) == 50 * (3 * 4 + 2)
+
+
+@pytest.mark.parametrize(("dim", "width"), [(16, 2), (7, 3)])
+def test_product_codes_are_those_of_the_nearest_centroids(dim, width):
+    bag = _made(f"pq:bits=3,width={width}", Table("t", 50, dim))
+    parts = -(-dim // width)
+    weight = torch.nn.functional.pad(bag.bag.weight.detach(), (0, parts * width - dim)).view(50, parts, 1, width)
+    nearest = (weight - bag.centroids.detach()).norm(dim=3).argmin(2)  # [rows, parts]
+    expected = torch.stack([bag.centroids[k, nearest[:, k]] for k in range(parts)], 1).flatten(1)[:, :dim]
+    torch.testing.assert_close(_rows(bag, 50), expected.detach())
+    assert bytes_kept(bag) == 50 * -(-parts * 3 // 8) + 8 * parts * width * 4
+
+
+def test_like_rows_are_merged():
+    weight = torch.randn(20, 4).repeat(10, 1) + 0.001 * torch.randn(200, 4)
+    places, merged = merge(weight, 20)
+    assert (merged[places.long()] - weight).norm() < 0.3 * weight.norm()
+    assert torch.equal(places[:20], places[20:40]), "ids of like rows share one"
 
 
 def test_a_row_of_zeros_is_stored_as_zeros():

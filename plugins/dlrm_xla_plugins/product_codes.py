@@ -1,0 +1,72 @@
+"""Product quantization: parts of rows are one of a few centroids each, learned while the model trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.rows import RowTable
+
+
+@sized("bits", lambda table: range(1, 9))
+def pq(table: Table, inner: MakeBag, *, bits: int = 4, width: int = 2) -> nn.Module:
+    """Product quantization with codes and centroids trained together.
+
+        e_i = [C_1[q_1(i)], ..., C_p[q_p(i)]],  q_k(i) = argmin_j |W[i]_k - C_k[j]|,  p = ceil(dim / width) parts
+
+    Keeps num_rows x p x bits / 8 bytes of codes, rounded up per row, and 2^bits x p x width numbers. Training keeps W
+    in float32; the gradient of e_i goes to the centroids chosen and, straight through, to W[i]. W and C start like the
+    exact table.
+
+    Jegou, Douze, Schmid 2011, "Product Quantization for Nearest Neighbor Search"; Chen, Li, Sun 2020, "Differentiable
+    Product Quantization for End-to-End Embedding Compression", section 2.3.
+    """
+    if not 1 <= bits <= 8 or not 1 <= width <= table.dim:
+        raise ValueError(f"pq: bits is {bits} and width {width}; bits from 1 to 8, width from 1 to {table.dim}")
+    bag = inner(table)
+    if not isinstance(bag, RowTable):
+        raise ValueError("pq stores codes of rows, so nothing can stand behind it; write it last, as in hash_rows+pq")
+    return ProductBag(bag, table, bits, width)
+
+
+class ProductBag(nn.Module):
+    """Weighted sum of rows put together from centroids; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, bag: nn.Module, table: Table, bits: int, width: int) -> None:
+        super().__init__()
+        self.bag = bag
+        self.table = table
+        self.bits = bits
+        self.width = width
+        self.parts = -(-table.dim // width)
+        self.centroids = nn.Parameter(torch.empty(self.parts, 2**bits, width).normal_(std=table.start_std))
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
+        weights_N1 = weights_BL.reshape(-1, 1)
+        rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))
+        chosen_ND = self._nearest(rows_ND.detach())
+        # Worth the centroid; its gradient goes to the centroid and to the row.
+        both_ND = chosen_ND + (rows_ND - rows_ND.detach())
+        return (both_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
+
+    def _nearest(self, rows_ND: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(rows_ND, (0, self.parts * self.width - self.table.dim))
+        rows_NPW = padded.view(len(rows_ND), self.parts, self.width)
+        fixed_PKW = self.centroids.detach()
+        # |w - c|^2 less |w|^2, which is the same for all centroids.
+        distance_PNK = fixed_PKW.square().sum(2).unsqueeze(1) - 2 * torch.bmm(
+            rows_NPW.transpose(0, 1), fixed_PKW.transpose(1, 2)
+        )
+        first_P = torch.arange(self.parts, dtype=torch.int32, device=rows_ND.device) << self.bits
+        places_NP = distance_PNK.argmin(2).to(torch.int32).t() + first_P
+        chosen = self.centroids.flatten(0, 1).index_select(0, places_NP.reshape(-1))
+        return chosen.view(len(rows_ND), -1)[:, : self.table.dim]
+
+    def bytes_to_serve(self) -> int:
+        """Bytes of packed codes and of centroids."""
+        return self.table.num_rows * -(-self.parts * self.bits // 8) + self.centroids.numel() * 4
+
+    def extra_repr(self) -> str:
+        return f"{self.table.name}, {self.parts} codes of {self.bits} bits"

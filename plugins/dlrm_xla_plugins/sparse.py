@@ -1,0 +1,113 @@
+"""Rows with few numbers kept, and rows merged by a stored map."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.rows import RowTable
+from dlrm_xla_plugins import hashes
+
+
+@sized("kept", lambda table: range(1, table.dim))
+def prune(table: Table, inner: MakeBag, *, kept: int = 4) -> nn.Module:
+    """Pruned rows: of each row the numbers of largest magnitude, the others zero, trained so.
+
+        e_i = m(W[i]) * W[i],   m 1 where |W[i, j]| is among the ``kept`` largest of row i, else 0
+
+    Keeps num_rows x (4 kept + ceil(dim / 8)) bytes: the numbers and a bit for each place. Training keeps W whole and
+    takes the gradient of pruning as 1 (straight through), so a number once pruned can come back. Pruned rows start
+    with the exact table's variance.
+
+    Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", section 3.1, for
+    training; Deng et al. 2021, "DeepLight", for pruned embeddings.
+    """
+    if not 1 <= kept < table.dim:
+        raise ValueError(f"prune: kept is {kept}, but must be from 1 to {table.dim - 1}, below the table's width")
+    # Of dim uniform numbers the j-th smallest in magnitude has the mean square j (j + 1) / ((dim + 1)(dim + 2)) of the
+    # bound's, 3 times the variance: what the largest ``kept`` have of the variance is given to them in advance.
+    left = sum(j * (j + 1) for j in range(table.dim - kept + 1, table.dim + 1))
+    share = 3 * left / (table.dim * (table.dim + 1) * (table.dim + 2))
+    bag = inner(replace(table, std=table.start_std / math.sqrt(share)))
+    if not isinstance(bag, RowTable):
+        raise ValueError("prune stores rows, so nothing can stand behind it; write it last, as in hash_rows+prune")
+    return PrunedBag(bag, table, kept)
+
+
+class PrunedBag(nn.Module):
+    """Weighted sum of rows with ``kept`` numbers each; (ids_BL, weights_BL) -> out_BD."""
+
+    def __init__(self, bag: nn.Module, table: Table, kept: int) -> None:
+        super().__init__()
+        self.bag = bag
+        self.table = table
+        self.kept = kept
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
+        weights_N1 = weights_BL.reshape(-1, 1)
+        rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))
+        size_ND = rows_ND.detach().abs()
+        least_N1 = size_ND.topk(self.kept, 1).values[:, -1:]
+        pruned_ND = torch.where(size_ND >= least_N1, rows_ND.detach(), 0)
+        kept_ND = rows_ND + (pruned_ND - rows_ND).detach()
+        return (kept_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
+
+    def bytes_to_serve(self) -> int:
+        """Bytes of the numbers kept and of a bit for each place of a row."""
+        return self.table.num_rows * (4 * self.kept + -(-self.table.dim // 8))
+
+    def extra_repr(self) -> str:
+        return f"{self.table.name}, {self.kept} of {self.table.dim} numbers"
+
+
+@sized("rows", lambda table: range(2, min(table.num_rows, 2**15)))
+def dedup(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
+    """Merged rows: a stored map says which of ``rows`` rows an id has.
+
+        e_i = W[map[i]]
+
+    Keeps rows x dim numbers and two bytes an id for the map. Without a table to merge the map starts as a hash, the
+    ``rows`` - 1 most frequent ids apart; ``merge`` makes it of a trained table's rows that are alike. A table with no
+    more rows stays as it is.
+
+    Zhang et al. 2023, "Experimental Analysis of Large-scale Learnable Vector Storage Compression" (VLDB 2024), compare
+    such merging.
+    """
+    if not 2 <= rows < 2**15:
+        raise ValueError(f"dedup: rows is {rows}, but must be from 2 to 32,767, for the map has two bytes an id")
+    if table.num_rows <= rows:
+        return inner(table)
+    shorter = replace(table, name=f"{table.name}.merged", num_rows=rows, std=table.start_std)
+    return MergedBag(inner(shorter), table, rows)
+
+
+class MergedBag(nn.Module):
+    """A bag over the rows that a stored map gives; (ids_BL, weights_BL) -> out_BD."""
+
+    map: Tensor
+
+    def __init__(self, bag: nn.Module, table: Table, rows: int) -> None:
+        super().__init__()
+        self.bag = bag
+        self.table = table
+        ids = torch.arange(table.num_rows, dtype=torch.int32)
+        hashed = torch.where(ids < rows - 1, ids, 1 + hashes.bucket(ids, rows - 1))
+        self.register_buffer("map", hashed.to(torch.int16))
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        places_N = self.map.index_select(0, ids_BL.reshape(-1)).to(torch.int32)
+        out_BD: Tensor = self.bag(places_N.view(ids_BL.shape), weights_BL)
+        return out_BD
+
+
+def merge(weight_RD: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Map [R] and merged rows [rows, D] of a table by k-means: of all maps near the least squared error."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    means = MiniBatchKMeans(rows, n_init=1, batch_size=4096, random_state=0).fit(weight_RD.detach().cpu().numpy())
+    return torch.from_numpy(means.labels_).to(torch.int16), torch.from_numpy(means.cluster_centers_)
