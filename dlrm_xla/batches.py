@@ -58,8 +58,9 @@ class Source(Protocol):
     def num_batches(self, split: str) -> int:
         """Batches in one pass over a split: "train", "validation" or "test"."""
 
-    def batches(self, split: str, epoch: int = 0) -> Iterator[PackedBatch]:
-        """One pass; training rows in an order that only (seed, epoch) decides, others as they lie."""
+    def batches(self, split: str, epoch: int = 0, start_step: int = 0) -> Iterator[PackedBatch]:
+        """One pass, without its first ``start_step`` batches; training rows in an order that only (seed, epoch)
+        decides, others as they lie."""
 
     def labels(self, split: str) -> Tensor:
         """Labels of a split, float32, 0 or 1, in the order of ``batches`` of an evaluation split."""

@@ -1,10 +1,18 @@
-"""Checkpoints: one safetensors file of the model, the optimizers and where the run stands. Never a pickle."""
+"""What a checkpoint holds: the model, the optimizers and where the run stands, by names that know no device.
+
+    model.NAME                        parameters and buffers; exact tables one by one, however they are stacked
+    dense_optimizer.PARAMETER.STATE   torch's optimizers
+    row_optimizer.TABLE.stateN        the rows' optimizer, cut like the tables; row_optimizer.step
+    run.NAME                          whatever else the run needs, such as random states
+    metadata                          format, checksum, and a JSON object ``about``
+
+So a checkpoint loads on another device and with another placement. Never a pickle.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +21,9 @@ from torch import Tensor, nn
 
 from dlrm_xla.errors import UserError
 from dlrm_xla.row_store import RowStore
+from dlrm_xla.tensor_file import Section, TensorFile, opened, write
 
-FORMAT = "dlrm_xla checkpoint 1"
+FORMAT = "dlrm_xla checkpoint 2"
 
 
 def save(
@@ -23,30 +32,30 @@ def save(
     dense: torch.optim.Optimizer,
     rows: RowStore,
     about: Mapping[str, Any],
+    run: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a checkpoint under a new name, syncs it and renames it, so a file of that name is always whole."""
-    from safetensors.torch import save_file
+    """Writes a checkpoint, whole or not at all; tables go to the disk in parts, so none is copied as a whole.
 
-    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
-    tensors |= {f"model.{k}": v for k, v in rows.tables()}
-    for index, state in dense.state_dict()["state"].items():
-        tensors |= {f"dense_optimizer.{index}.{k}": v.detach() for k, v in state.items() if isinstance(v, Tensor)}
-    tensors |= {f"row_optimizer.{k}": v for k, v in rows.state_dict().items()}
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    A UserError where it cannot be written; a file of that name from before is then still there.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"dense_optimizer.{name}": tensor for name, tensor in _optimizer_tensors(model, dense)}
+    tensors |= {f"run.{name}": tensor for name, tensor in (run or {}).items()}
+    sections = [Section([(name, t.shape)], t.dtype, [t.detach().to("cpu")]) for name, t in tensors.items()]
     try:
-        save_file(
-            {k: v.to("cpu").contiguous() for k, v in tensors.items()},
-            unfinished,
-            metadata={"format": FORMAT, "about": json.dumps(dict(about))},
-        )
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except Exception as error:  # safetensors wraps the system's errors in its own
-        unfinished.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, [*rows.sections(), *sections], {"format": FORMAT, "about": json.dumps(dict(about))})
+    except OSError as error:
         raise UserError(
-            f"cannot write the checkpoint {path}: {error}. Free space there or choose another --out."
+            f"cannot write the checkpoint {path}: {error.strerror or error}. Free space there or choose another "
+            "--out; checkpoints written before are kept."
         ) from error
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What was saved about a checkpoint, after checking that the file is whole."""
+    with opened(path) as file:
+        return _about(file)
 
 
 def load_model(path: Path, model: nn.Module, rows: RowStore | None = None) -> dict[str, Any]:
@@ -54,18 +63,64 @@ def load_model(path: Path, model: nn.Module, rows: RowStore | None = None) -> di
 
     ``rows`` is the store that took the model's exact tables, if one did.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a checkpoint of this version ({FORMAT})")
-            state = {k.removeprefix("model."): file.get_tensor(k) for k in file.keys() if k.startswith("model.")}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-    if rows is not None:
-        rows.load_tables({name: state.pop(name) for name in rows.names})
-    model.load_state_dict(state)
-    about: dict[str, Any] = json.loads(metadata["about"])
+    with opened(path) as file:
+        about = _about(file)
+        _load_model(file, model, rows)
     return about
+
+
+def load_training(
+    path: Path, model: nn.Module, dense: torch.optim.Optimizer, rows: RowStore
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Loads everything in place; returns what was saved about it and the run's own tensors."""
+    with opened(path) as file:
+        about = _about(file)
+        _load_model(file, model, rows)
+        with torch.no_grad():
+            for name, tensor in _optimizer_tensors(model, dense):
+                tensor.copy_(_of_shape(file, f"dense_optimizer.{name}", tensor))
+        rows.load_optimizer(file.tensor)
+        run = {n.removeprefix("run."): file.tensor(n) for n in file.names if n.startswith("run.")}
+    return about, run
+
+
+def _about(file: TensorFile) -> dict[str, Any]:
+    if file.about.get("format") != FORMAT:
+        raise UserError(f"{file.path} is not a checkpoint of this version ({FORMAT})")
+    about: dict[str, Any] = json.loads(file.about["about"])
+    return about
+
+
+def _load_model(file: TensorFile, model: nn.Module, rows: RowStore | None) -> None:
+    state = model.state_dict()
+    names = {*state, *(rows.names if rows else ())}
+    saved = {n.removeprefix("model.") for n in file.names if n.startswith("model.")}
+    if names != saved:
+        name = min(names ^ saved)
+        side = "the checkpoint" if name in saved else "the model"
+        raise UserError(
+            f"{file.path} is of another model: only {side} has {name}. Use the configuration that it was written with."
+        )
+    loaded = {name: _of_shape(file, f"model.{name}", tensor) for name, tensor in state.items()}
+    if rows is not None:
+        rows.load_tables(lambda name: file.tensor(f"model.{name}"))
+    model.load_state_dict(loaded)
+
+
+def _of_shape(file: TensorFile, name: str, tensor: Tensor) -> Tensor:
+    found = file.tensor(name)
+    if found.shape != tensor.shape and found.numel() == tensor.numel() == 1:
+        found = found.view(tensor.shape)  # step counts have a dimension on xla, and none elsewhere
+    if found.shape != tensor.shape:
+        raise UserError(
+            f"{file.path} is of another model: {name} is {list(found.shape)} there, {list(tensor.shape)} here. Use "
+            "the configuration and the data that it was written with."
+        )
+    return found
+
+
+def _optimizer_tensors(model: nn.Module, dense: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for key, value in dense.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                yield f"{name}.{key}", value

@@ -71,6 +71,9 @@ class Config:
     patience: int = _setting(2, "stop after so many validations without a lower log loss; 0: never")
     log_every: int = _setting(50, "steps between log lines, the only steps at which the host reads the device")
     evals_per_epoch: int = _setting(1, "validations per epoch")
+    save_every: int = _setting(
+        0, "steps between checkpoints, beside those of validations; 0: by time, see save_minutes"
+    )
     synthetic_rows: int = _setting(100_000, "rows of the synthetic data that stand in when there is no --data")
     tables: dict[str, str] = _setting({}, "plugins of single tables by name", flag=False)
     bottom: list[int] = _setting([512, 256, 64], "hidden widths of the bottom MLP", flag=False)
@@ -88,13 +91,33 @@ class Config:
     micro_batches: int = _setting(1, "parts of a batch whose gradients are accumulated", flag=False)
     row_weight_decay: float = _setting(0.0, "L2 on the rows that a step looks up", flag=False)
     row_state: Literal["fp32", "bf16"] = _setting("fp32", "type of the row optimizer's state", flag=False)
+    save_minutes: float = _setting(10.0, "minutes between checkpoints where save_every is 0", flag=False)
+    keep_checkpoints: int = _setting(2, "checkpoints to keep beside the best", flag=False)
     decay_power: float = _setting(2.0, "power of the polynomial decay", flag=False)
     synthetic_tables: list[int] = _setting([], "rows of each synthetic table", flag=False)
     synthetic_bags: list[int] = _setting([], "ids per bag of each synthetic table; none: one each", flag=False)
 
 
-_POSITIVE = ("epochs", "batch_size", "dim", "log_every", "evals_per_epoch", "synthetic_rows", "micro_batches")
-_NOT_NEGATIVE = ("seed", "min_rows", "min_count", "warmup_steps", "decay_start", "decay_steps", "patience")
+_POSITIVE = (
+    "epochs",
+    "batch_size",
+    "dim",
+    "log_every",
+    "evals_per_epoch",
+    "synthetic_rows",
+    "micro_batches",
+    "keep_checkpoints",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "min_rows",
+    "min_count",
+    "warmup_steps",
+    "decay_start",
+    "decay_steps",
+    "patience",
+    "save_every",
+)
 
 
 def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[str, str]]:
@@ -126,7 +149,7 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be at least {least}")
     if not 0 <= config.plugin_lr < float("inf"):
         raise UserError(f"plugin_lr is {config.plugin_lr} ({origins['plugin_lr']}), but must not be negative")
-    for name in ("dense_lr", "row_lr"):
+    for name in ("dense_lr", "row_lr", "save_minutes"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
     if not config.plugin.strip():

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.ids import divide_ids
 
 Step = Callable[..., Any]
+# Bytes of an array that are on the host at a time while it is read.
+_PART_BYTES = 2**26
+_HOST_GENERATOR = {"host": (torch.get_rng_state, torch.set_rng_state)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Device:
     must not miss. ``capturable``: an optimizer must keep its step counts on the device.
 
     ``rows`` is how rows are read and written here, ``planned`` the layout that a plan tells: that of a TPU for xla,
-    whatever it runs on. ``memory``: bytes for tables and their training.
+    whatever it runs on. ``memory``: bytes for tables and their training. ``host_parts(array)`` gives an array's lines
+    on the host, part by part; ``random_states`` are its generators, each a pair of functions that get and set a state.
     """
 
     name: str
@@ -82,6 +86,8 @@ class Device:
     rows: RowAccess
     planned: RowAccess
     memory: float
+    host_parts: Callable[[Tensor], Iterator[Tensor]]
+    random_states: Mapping[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]
     loud: str = ""
     capturable: bool = False
 
@@ -134,12 +140,45 @@ def _scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
     (rows.index_add_ if add else rows.index_copy_)(0, ids_N, values.to(array.dtype))
 
 
+def _part_lines(array: Tensor) -> int:
+    return max(1, _PART_BYTES * len(array) // max(1, array.numel() * array.element_size()))
+
+
+def _parts(array: Tensor) -> Iterator[Tensor]:
+    for part in torch.split(array, _part_lines(array)):
+        yield part.to("cpu")
+
+
+def _xla_parts(array: Tensor) -> Iterator[Tensor]:
+    lines = _part_lines(array)
+    if lines >= len(array):
+        yield array.cpu()
+        return
+    for first in range(0, len(array), lines):
+        # By index, for a slice at another place is another graph.
+        at = torch.arange(first, first + lines, dtype=torch.int32).clamp(max=len(array) - 1)
+        yield array.index_select(0, at.to(array.device)).cpu()[: len(array) - first]
+
+
 def _cpu() -> Device:
     description = f"CPU, {torch.get_num_threads()} threads"
     device = torch.device("cpu")
     rows = RowAccess("a CPU", _gather, _scatter, _sum_rows, files=True)
     memory = _machine_memory()
-    return Device("cpu", device, description, lambda m: m, _as_it_is, lambda: None, Counters, rows, rows, memory)
+    return Device(
+        "cpu",
+        device,
+        description,
+        lambda m: m,
+        _as_it_is,
+        lambda: None,
+        Counters,
+        rows,
+        rows,
+        memory,
+        _parts,
+        _HOST_GENERATOR,
+    )
 
 
 def _machine_memory() -> float:
@@ -167,6 +206,8 @@ def _cuda() -> Device:
         rows,
         rows,
         0.9 * torch.cuda.get_device_properties(device).total_memory,
+        _parts,
+        {**_HOST_GENERATOR, "cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)},
     )
 
 
@@ -235,6 +276,8 @@ def _xla() -> Device:
         rows,
         tpu,
         memory,
+        _xla_parts,
+        _HOST_GENERATOR,
         loud,
         capturable=True,
     )

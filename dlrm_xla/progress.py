@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, num_steps: int, samples_per_step: int) -> None:
         self.num_steps = num_steps
         self.samples_per_step = samples_per_step
-        self.done = 0
+        self.done = self.before = 0
         self.figures = ""
         self.began = self.last_line = time.monotonic()
         terminal = sys.stderr.isatty()
@@ -38,6 +38,13 @@ class Progress:
         elif self.done:
             self._line()
 
+    def skip(self, steps: int) -> None:
+        """Counts steps of a run before this one."""
+        self.before = steps
+        if self.bar is not None:
+            self.bar.update(steps * self.samples_per_step)
+            self.bar.unpause()
+
     def advance(self) -> None:
         """Counts one step."""
         self.done += 1
@@ -56,9 +63,10 @@ class Progress:
         self.last_line = time.monotonic()
         seconds = self.last_line - self.began
         rate = self.done * self.samples_per_step / max(seconds, 1e-9)
-        left = tqdm.format_interval((self.num_steps - self.done) * seconds / self.done)
+        place = self.before + self.done
+        left = tqdm.format_interval((self.num_steps - place) * seconds / self.done)
         print(
-            f"step {self.done:,}/{self.num_steps:,}, {rate:,.0f} samples/s, {left} left, {self.figures}",
+            f"step {place:,}/{self.num_steps:,}, {rate:,.0f} samples/s, {left} left, {self.figures}",
             file=sys.stderr,
             flush=True,
         )

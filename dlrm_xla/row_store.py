@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device, RowAccess
 from dlrm_xla.errors import UserError
+from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.row_optim import DTYPES, RowSettings, StackOptimizer
 from dlrm_xla.rows import BagCollection, Placement, RowFiles, RowStack, RowTable
+from dlrm_xla.tensor_file import Section
 
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
@@ -55,10 +58,7 @@ class RowStore:
         ]
         for module in (*self.stacks, *self.optimizers):
             device.place(module)
-        # The step at which each table's gradient was first not finite, 0 while it is; made on the host, for zeros made
-        # on xla would be one more graph.
-        self._first_bad_T = torch.zeros(len(members), dtype=torch.int32).to(device.torch_device)
-        self._watched: list[str] = []
+        self._finite = FiniteWatch("table", len(members), device)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -75,21 +75,16 @@ class RowStore:
         for lookup in (lookup for stack in self.stacks for lookup in stack.lookups):
             for name, number in zip(lookup.names, lookup.gradient_sums().unbind(), strict=True):
                 sums[name] = sums[name] + number if name in sums else number
-        self._watched = list(sums)
-        if not sums:
-            return
-        sums_T = torch.stack(list(sums.values()))
-        bad_T = torch.nn.functional.pad(sums_T.isfinite().logical_not().int(), (0, len(self._first_bad_T) - len(sums)))
-        self._first_bad_T.copy_(torch.where((bad_T > 0) & (self._first_bad_T == 0), self._step, self._first_bad_T))
+        self._finite.note(sums, self._step)
+
+    @property
+    def steps_done(self) -> Tensor:
+        """Steps since the start of training, int32 [1] on the device."""
+        return self._step
 
     def check_gradients(self) -> None:
         """Raises a UserError if a table's gradient was not finite since the start; waits for the device."""
-        for name, step in zip(self._watched, self._first_bad_T.tolist(), strict=False):
-            if step:
-                raise UserError(
-                    f"the gradient of table {name} is not finite at step {step}. Lower --dense-lr or --row-lr, or "
-                    "check the data; checkpoints saved before it are kept."
-                )
+        self._finite.check()
 
     def tables(self) -> Iterator[tuple[str, Tensor]]:
         """Each table's rows on the host under the name that ``model.state_dict()`` had for them."""
@@ -101,21 +96,58 @@ class RowStore:
         """The names of ``tables()``."""
         return list(itertools.chain.from_iterable(self._names))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the optimizer keeps beside the rows, and the number of its steps."""
-        state = {"step": self._step}
-        for number, optimizer in enumerate(self.optimizers):
-            state |= {f"{number}.{name}": array for name, array in optimizer.state_dict().items()}
-        return state
+    def arrays(self) -> list[Tensor]:
+        """Every array that the store keeps on the device: rows and the optimizer's state."""
+        pairs = zip(self.stacks, self.optimizers, strict=True)
+        return [array for stack, optimizer in pairs for array in (stack.rows, *optimizer.states())]
+
+    def sections(self) -> Iterator[Section]:
+        """Rows and the optimizer's state for a file, in parts, under names that stacking does not change."""
+        yield Section([("row_optimizer.step", (1,))], torch.int32, [self._step.cpu()])
+        for stack, optimizer, names in zip(self.stacks, self.optimizers, self._names, strict=True):
+            yield self._section(stack, stack.rows, [f"model.{name}" for name in names])
+            for number, array in enumerate(optimizer.states()):
+                yield self._section(stack, array, [f"row_optimizer.{name}.state{number}" for name in names])
+
+    def _section(self, stack: RowStack, array: Tensor, names: Sequence[str]) -> Section:
+        shapes = [(t.num_rows,) if array.dim() == 1 else (t.num_rows, t.dim) for t in stack.tables]
+        # Tables lie behind one another in the array; only what fills its last line belongs to none.
+        members = list(zip(names, shapes, strict=True))
+        return Section(members, array.dtype, self._parts(array, sum(map(math.prod, shapes))))
+
+    def _parts(self, array: Tensor, left: int) -> Iterator[Tensor]:
+        for part in self.device.host_parts(array):
+            yield part.flatten()[:left]
+            left -= part.numel()
+
+    def load_tables(self, read: Callable[[str], Tensor]) -> None:
+        """Sets the rows; ``read(name)`` gives each table's, under the names of ``tables()``."""
+        for stack, names in zip(self.stacks, self._names, strict=True):
+            self._load(stack, stack.rows, names, read)
+
+    def load_optimizer(self, read: Callable[[str], Tensor]) -> None:
+        """Sets the optimizer's state and its number of steps from what ``sections`` wrote."""
+        for stack, optimizer, names in zip(self.stacks, self.optimizers, self._names, strict=True):
+            for number, array in enumerate(optimizer.states()):
+                self._load(stack, array, [f"row_optimizer.{name}.state{number}" for name in names], read)
+        with torch.no_grad():
+            self._step.copy_(read("row_optimizer.step"))
 
     @torch.no_grad()
-    def load_tables(self, state: Mapping[str, Tensor]) -> None:
-        """Sets the rows from tensors by name; all tables must be there."""
-        for stack, names in zip(self.stacks, self._names, strict=True):
-            flat = torch.zeros(stack.end, stack.dim, dtype=stack.rows.dtype)
-            for name, table, base in zip(names, stack.tables, stack.bases, strict=True):
-                flat[base : base + table.num_rows] = state[name]
-            stack.rows.copy_(flat.view(stack.rows.shape))
+    def _load(self, stack: RowStack, array: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        host = array.to("cpu")  # no copy where it is there already
+        width = 1 if array.dim() == 1 else stack.dim
+        flat = host.view(-1, width)
+        for name, table, base in zip(names, stack.tables, stack.bases, strict=True):
+            found = read(name)
+            if found.numel() != table.num_rows * width:
+                raise UserError(
+                    f"table {table.name} has {table.num_rows:,} rows of {stack.dim} here, but {name} of the checkpoint "
+                    f"is {list(found.shape)}. Use the configuration and the data that it was written with."
+                )
+            flat[base : base + table.num_rows] = found.view(-1, width)
+        if host is not array:
+            array.copy_(host)
 
 
 def row_builder(config: Config, device: Device) -> tuple[MakeBag, RowFiles | None]:

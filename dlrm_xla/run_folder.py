@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dlrm_xla.checkpoint_folder import CheckpointFolder
 from dlrm_xla.config import Config
 from dlrm_xla.errors import UserError
 
@@ -32,26 +33,44 @@ PACKAGES = (
 
 
 class RunFolder:
-    """Everything a run writes. The folder must be new or empty, so that no run overwrites another."""
+    """Everything a run writes. The folder must be new or empty, so that no run overwrites another.
 
-    def __init__(self, config: Config, origins: Mapping[str, str]) -> None:
-        self.path = Path(config.out) if config.out else _fresh(config)
-        check_out(str(self.path))
+    A run that goes on gives the folder as ``resumed``, and the bytes of metrics.jsonl and the samples that its
+    checkpoint knows of: rows written later are written again, and events of later samples are hidden.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        origins: Mapping[str, str],
+        resumed: Path | None = None,
+        metrics_bytes: int = 0,
+        samples: int = 0,
+    ) -> None:
+        self.path = resumed or (Path(config.out) if config.out else _fresh(config))
+        if resumed is None:
+            check_out(str(self.path))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             settings = {
                 name: {"value": value, "origin": origins[name]} for name, value in dataclasses.asdict(config).items()
             }
-            (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-            self._metrics = (self.path / "metrics.jsonl").open("w")
+            self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+            self._metrics = (self.path / "metrics.jsonl").open("a")
+            self._metrics.truncate(min(metrics_bytes, self._metrics.tell()))
+            self.rows: list[dict[str, Any]] = [
+                json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()
+            ]
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {self.path}: {error.strerror}. Choose another --out."
             ) from error
+        except ValueError as error:
+            raise UserError(f"{self.path / 'metrics.jsonl'} is damaged: {error}. Delete it to go on.") from error
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events = SummaryWriter(str(self.path))
-        self.rows: list[dict[str, Any]] = []
+        self._events = SummaryWriter(str(self.path), purge_step=samples if resumed else None)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.keep_checkpoints)
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl and its figures to TensorBoard, over samples."""
@@ -63,16 +82,20 @@ class RunFolder:
                 kind, _, rest = name.partition("_")
                 self._events.add_scalar(f"{kind}/{rest}", value, row["samples"])
 
-    def checkpoint(self, name: str) -> Path:
-        """Where the checkpoint of that name lies."""
-        return self.path / "checkpoints" / f"{name}.safetensors"
+    @property
+    def metrics_bytes(self) -> int:
+        """How long metrics.jsonl is."""
+        return self._metrics.tell()
 
     def report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json in one piece; figures that do not exist are null, never NaN."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
-        unfinished = self.path / "report.json.unfinished"
-        unfinished.write_text(json.dumps(clean, indent=1) + "\n")
-        os.replace(unfinished, self.path / "report.json")
+        self._write("report.json", json.dumps(clean, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        unfinished = self.path / f"{name}.unfinished"
+        unfinished.write_text(text)
+        os.replace(unfinished, self.path / name)
 
     def plot(self, title: str, base_rate_log_loss: float, best_reachable_auc: float | None) -> None:
         """Loss and AUC over samples, as curves.png."""

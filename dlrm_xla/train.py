@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, Source, unpack
 from dlrm_xla.config import Config
 from dlrm_xla.dense_optim import dense_optimizer
 from dlrm_xla.devices import Device
 from dlrm_xla.errors import UserError
-from dlrm_xla.metrics import click_metrics
+from dlrm_xla.guards import FiniteWatch, doubts
+from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.progress import Progress
 from dlrm_xla.row_optim import RowSettings
@@ -78,6 +81,8 @@ class Steps:
             ([p for n, p in self.model.named_parameters() if n in own], config.plugin_lr or config.dense_lr),
         ]
         self.dense = dense_optimizer(config.dense_optimizer, groups, device)
+        self._trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self._finite = FiniteWatch("parameter", len(self._trained), device)
         self.loss_and_count = self._zeros()
         self._train = device.compile(self._train_step, "train")
         self._evaluate = device.compile(self._evaluation_step, "evaluation")
@@ -102,6 +107,32 @@ class Steps:
                 f"{where}, row {row} of the batch: feature {self._names_S[slot]} has the id "
                 f"{int(packed.ids_BS[row, slot])}, but its table has the ids 0 to {int(self._num_rows_S[slot]) - 1}. "
                 "Prepare the data again, or give the table more rows."
+            )
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """Writes a checkpoint of everything that the next step depends on."""
+        states = {f"random.{name}": get() for name, (get, _) in self.device.random_states.items()}
+        run = {**states, "loss_and_count": self.loss_and_count}
+        checkpoint.save(path, self.model, self.dense, self.rows, about, run)
+
+    def load(self, path: Path) -> None:
+        """Takes over a checkpoint, before the first step; of another device too."""
+        _, run = checkpoint.load_training(path, self.model, self.dense, self.rows)
+        with torch.no_grad():
+            self.loss_and_count.copy_(run["loss_and_count"])
+        for name, (_, put) in self.device.random_states.items():
+            if f"random.{name}" in run:
+                put(run[f"random.{name}"])
+
+    def check_finite(self) -> None:
+        """Raises a UserError where the loss or a gradient was not finite so far; waits for the device."""
+        self.rows.check_gradients()
+        self._finite.check()
+        loss = float(self.loss_and_count.cpu()[0])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {int(self.rows.steps_done.cpu())}. Lower --dense-lr or --row-lr, or check "
+                "the data; checkpoints saved before it are kept."
             )
 
     def mean_loss(self) -> float:
@@ -135,10 +166,13 @@ class Steps:
             # Gradients of the parts add up, those of table rows too: a step is one step of the whole batch.
             torch.autograd.backward(total / count)
             totals.append(total.detach())
+        with torch.no_grad():
+            sums = {name: p.grad.sum() for name, p in self._trained if p.grad is not None}
         self.dense.step()
         self.dense.zero_grad(set_to_none=True)
         self.rows.step()
         with torch.no_grad():
+            self._finite.note(sums, self.rows.steps_done)
             self.loss_and_count += torch.stack([torch.stack(totals).sum(), count])
 
     def _evaluation_step(self, packed: PackedBatch) -> Tensor:
@@ -156,6 +190,7 @@ class GraphWatch:
     """
 
     device: Device
+    warn: Callable[[str], None] = lambda line: None
     compiles: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     _seen_compiles: int = 0
@@ -165,15 +200,16 @@ class GraphWatch:
         start = self.device.counters()
         self._seen_compiles, self._seen_fallbacks = start.compiles, start.fallbacks
 
-    def after(self, phase: str, step: int) -> None:
-        """Looks at the counters after a step of a phase."""
+    def after(self, phase: str, step: int, graphs: int = 1) -> None:
+        """Looks at the counters after a step of a phase, whose first step may compile so many ``graphs``."""
+        broken = len(self.broken)
         now = self.device.counters()
         new = now.compiles - self._seen_compiles
         if new:
             had = self.compiles.get(phase, 0)
             self.compiles[phase] = had + new
-            if had + new > 1:
-                self.broken.append(f"{phase} step {step}: compiled {had + new} graphs where one is enough")
+            if had or new > graphs:
+                self.broken.append(f"{phase} step {step}: compiled {had + new} graphs where {graphs} is enough")
         for name, count in now.fallbacks.items():
             if count > self._seen_fallbacks.get(name, 0):
                 line = f"{name} runs on the CPU instead of the device"
@@ -182,13 +218,15 @@ class GraphWatch:
         self._seen_compiles = now.compiles
         self.fallbacks = {n: c for n, c in now.fallbacks.items()}
         self._seen_fallbacks = now.fallbacks
+        for line in self.broken[broken:]:
+            self.warn(f"one-graph rule broken: {line}")
 
     fallbacks: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Outcome:
-    """What a training run came to."""
+    """What a training run came to, or how far it has come: with the seed, its place in the order of rows."""
 
     steps: int = 0
     samples: int = 0
@@ -198,6 +236,7 @@ class Outcome:
     best_step: int = 0
     best_log_loss: float = math.inf
     best_auc: float = math.nan
+    validations_without_gain: int = 0
     stopped_early: bool = False
     interrupted: bool = False
 
@@ -230,77 +269,114 @@ def predict(steps: Steps, source: Source, split: str, watch: GraphWatch) -> NDAr
     return np.concatenate([b.cpu().numpy() for b in logits])[: len(source.labels(split))]
 
 
-def train(
-    steps: Steps,
-    source: Source,
-    watch: GraphWatch,
-    log: Callable[[dict[str, Any]], None],
-    save: Callable[[str, dict[str, Any]], None],
-) -> Outcome:
-    """Trains for the configured epochs or until validation log loss stops falling; saves "best" and "last".
+@dataclass(frozen=True)
+class Reports:
+    """Where a training run reports to.
 
-    ``log`` takes one row per logging step and per validation. Interrupted, it finishes the step at hand.
+    ``log`` takes one row per logging step and per validation, ``warn`` a line for the user, ``save`` the outcome so far
+    and whether this is the best step yet.
     """
-    config, outcome = steps.config, Outcome()
+
+    log: Callable[[dict[str, Any]], None]
+    warn: Callable[[str], None]
+    save: Callable[[Outcome, bool], None]
+
+
+def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, outcome: Outcome | None = None) -> Outcome:
+    """Trains for the configured epochs or until validation log loss stops falling.
+
+    Saves after each validation, every `save_every` steps or `save_minutes`, and when interrupted: then it finishes the
+    step at hand first. ``outcome`` is that of a checkpoint which ``steps`` hold, to go on from there.
+    """
+    config, outcome = steps.config, outcome or Outcome()
     per_epoch = source.num_batches("train")
     validations = {max(1, round(per_epoch * k / config.evals_per_epoch)) for k in range(1, config.evals_per_epoch + 1)}
     validation_labels = source.labels("validation").numpy()
-    train_rows = len(source.labels("train"))
+    train_labels = source.labels("train")
+    base = base_rate_metrics(validation_labels, float(train_labels.mean()))
     step_ms: list[float] = []
-    without_gain = 0
-    began = time.perf_counter()
-    window_start, window_steps, warm = began, 0, False
+    window_start, window_steps, warm = time.perf_counter(), 0, False
+    saved_at = time.monotonic()
+    doubted = False
+
+    def loss_so_far() -> float:
+        nonlocal window_start, window_steps, warm
+        steps.check_finite()
+        loss = steps.mean_loss()
+        now = time.perf_counter()
+        if warm:  # the first window holds the compilation
+            step_ms.append((now - window_start) / window_steps * 1000)
+            outcome.seconds += now - window_start
+        window_start, window_steps, warm = time.perf_counter(), 0, True
+        reports.log({"step": outcome.steps, "samples": outcome.samples, "train_loss": loss})
+        return loss
+
+    def validated() -> dict[str, float]:
+        result = click_metrics(validation_labels, predict(steps, source, "validation", watch))
+        row = {f"validation_{k}": v for k, v in result.items()}
+        reports.log({"step": outcome.steps, "samples": outcome.samples, **row})
+        return result
+
+    def saved(best: bool) -> None:
+        nonlocal saved_at
+        steps.check_finite()
+        reports.save(outcome, best)
+        watch.after("checkpoint", outcome.steps, len(steps.rows.arrays()))
+        saved_at = time.monotonic()
 
     with stop_signals() as asked_to_stop, Progress(per_epoch * config.epochs, config.batch_size) as progress:
-        for epoch in range(config.epochs):
-            for number, packed in enumerate(source.batches("train", epoch), 1):
+        epoch, number = divmod(outcome.steps, per_epoch)
+        progress.skip(outcome.steps)
+        outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
+        while epoch < config.epochs and not outcome.stopped_early:
+            for packed in source.batches("train", epoch, number):
                 steps.train(packed, outcome.steps)
+                number += 1
                 outcome.steps += 1
-                outcome.samples += min(config.batch_size, train_rows - (number - 1) * config.batch_size)
+                outcome.samples += min(config.batch_size, len(train_labels) - (number - 1) * config.batch_size)
                 outcome.epochs = epoch + number / per_epoch
                 window_steps += 1
                 watch.after("train", outcome.steps)
                 progress.advance()
-                stop = asked_to_stop()
-                validate = number in validations or stop
+                stop, validate, best = asked_to_stop(), number in validations, False
                 if outcome.steps == 1 or outcome.steps % config.log_every == 0 or validate:
-                    loss = steps.mean_loss()
-                    now = time.perf_counter()
-                    if warm:  # the first window holds the compilation
-                        step_ms.append((now - window_start) / window_steps * 1000)
-                    steps.rows.check_gradients()
-                    _check_finite(loss, outcome.steps)
-                    log({"step": outcome.steps, "samples": outcome.samples, "train_loss": loss})
+                    loss = loss_so_far()
                     progress.show(loss=loss)
-                    outcome.seconds += now - window_start if warm else 0.0
-                    window_start, window_steps, warm = time.perf_counter(), 0, True
+                if config.save_every:
+                    due = outcome.steps % config.save_every == 0
+                else:
+                    due = time.monotonic() - saved_at >= config.save_minutes * 60
+                if validate or due or stop:
+                    steps.device.synchronize()
+                pause = time.perf_counter()
                 if validate:
-                    result = click_metrics(validation_labels, predict(steps, source, "validation", watch))
-                    row = {f"validation_{k}": v for k, v in result.items()}
-                    log({"step": outcome.steps, "samples": outcome.samples, **row})
+                    result = validated()
                     progress.show(loss=loss, validation_auc=result["auc"])
-                    about = {"step": outcome.steps, "epoch": outcome.epochs, **row}
-                    without_gain += 1
+                    doubt = doubts(result["auc"], result["log_loss"], base["log_loss"])
+                    if doubt and not doubted and outcome.steps >= min(per_epoch, 500):
+                        doubted = True
+                        reports.warn(f"step {outcome.steps}: {doubt}")
+                    outcome.validations_without_gain += 1
                     # By log loss: AUC on some ten thousand rows changes places at the fourth digit.
-                    if result["log_loss"] < outcome.best_log_loss:
+                    if best := result["log_loss"] < outcome.best_log_loss:
                         outcome.best_log_loss, outcome.best_auc = result["log_loss"], result["auc"]
-                        outcome.best_step, without_gain = outcome.steps, 0
-                        save("best", about)
-                    save("last", about)
-                    window_start = time.perf_counter()
-                outcome.stopped_early = bool(config.patience) and without_gain >= config.patience
-                outcome.interrupted = stop
-                if outcome.stopped_early or stop:
+                        outcome.best_step, outcome.validations_without_gain = outcome.steps, 0
+                    outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
+                if validate or due or stop:
+                    saved(best)
+                window_start += time.perf_counter() - pause
+                if stop or outcome.stopped_early:
                     break
-            if outcome.stopped_early or outcome.interrupted:
+            epoch, number = epoch + 1, 0
+            if stop:
+                outcome.interrupted = True
                 break
+        if outcome.interrupted and not validate:
+            # For the report only: what was saved before knows nothing of it, so the run goes on as if never stopped.
+            if window_steps:
+                loss_so_far()
+            result = validated()
+            if not outcome.best_step:
+                outcome.best_auc = result["auc"]
     outcome.step_ms_median = statistics.median(step_ms) if step_ms else math.nan
     return outcome
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {step}. Lower --dense-lr or --row-lr, or check the data; "
-            "checkpoints saved before it are kept."
-        )

@@ -4,6 +4,7 @@ python launch/run.py                                       synthetic rows, exact
 python launch/run.py --device xla --plugin tensorly_tt --data criteo.tsv.gz
 python launch/run.py --list-plugins
 python launch/run.py --plan --preset terabyte --plugin tensorly_tt:rank=16
+python launch/run.py --resume runs/20261123-...            goes on where its last checkpoint is, bit for bit
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 import math
 import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from dlrm_xla_data.criteo import open_log
+from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_in_training
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared
 from dlrm_xla_data.synthetic import synthesize
 from torch import nn
 
-from dlrm_xla import checkpoint, listing, registry
+from dlrm_xla import checkpoint, guards, listing, registry, serving
 from dlrm_xla import plan as planning
+from dlrm_xla.checkpoint_folder import CheckpointFolder
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device, RowAccess, open_device
@@ -38,7 +45,7 @@ from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowFiles
 from dlrm_xla.run_folder import RunFolder, check_out, commit, versions
 from dlrm_xla.sizing import Budget, sized_layer
-from dlrm_xla.train import GraphWatch, Outcome, Steps, predict, train
+from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, predict, train
 
 INTERRUPTED = 130
 
@@ -78,6 +85,9 @@ def flags() -> argparse.ArgumentParser:
             + (f" (default {field.default})" if field.default not in ("", dataclasses.MISSING) else ""),
         )
     parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
+    parser.add_argument(
+        "--resume", type=Path, default=None, metavar="RUN", help="run folder to go on with; its config.yaml holds"
+    )
     parser.add_argument("--plan", action="store_true", default=False, help="print what each table keeps, and stop")
     parser.add_argument(
         "--list-plugins", action="store_true", default=False, help="print the installed plugins, and stop"
@@ -174,10 +184,22 @@ def list_plugins() -> None:
             print(f"    {row['traits']}")
 
 
-def run(config: Config, origins: dict[str, str]) -> int:
-    """Trains, evaluates, writes the run folder, prints the results; returns the exit code."""
-    if config.out:
+def warn(line: str) -> None:
+    """A line that must not be missed."""
+    print(f"*** {line}", file=sys.stderr)
+
+
+def run(config: Config, origins: dict[str, str], resumed: Path | None = None) -> int:
+    """Trains, evaluates, writes the run folder, prints the results; returns the exit code.
+
+    ``resumed`` is the folder of a run to go on with.
+    """
+    start: tuple[Path, dict[str, Any]] | None = None
+    if resumed:
+        start = find_start(config, resumed)
+    elif config.out:
         check_out(config.out)
+    torch.manual_seed(config.seed)
     device = open_device(config.device)
     print(f"device: {device.description}")
     if device.loud:
@@ -185,6 +207,7 @@ def run(config: Config, origins: dict[str, str]) -> int:
     if not config.data:  # refused now rather than after minutes of drawing rows
         check_memory(make_plan(config, device, device.rows, None))
     dataset, best_auc = open_data(config)
+    fingerprint = check_data(dataset, start[1] if start else None)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
@@ -205,32 +228,90 @@ def run(config: Config, origins: dict[str, str]) -> int:
         cross_rank=config.cross_rank,
         seed=config.seed,
     )
-    folder = RunFolder(config, origins)
+    about = start[1] if start else {}
+    outcome = Outcome(**about.get("outcome", {}))
+    folder = RunFolder(config, origins, resumed, about.get("metrics_bytes", 0), outcome.samples)
     print(f"run folder: {folder.path}")
+    warnings: list[str] = []
+
+    def noted(line: str) -> None:
+        warnings.append(line)
+        warn(line)
+
     try:
         steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
-        watch = GraphWatch(device)
+        if start:
+            resume(start[0], about, steps, folder)
+        watch = GraphWatch(device, noted)
+        model_about = serving.describe(config, plan.bags, dataset.dense.shape[1], dataset.bag_lengths)
 
-        def save(name: str, about: dict[str, Any]) -> None:
-            path = folder.checkpoint(name)
-            path.parent.mkdir(exist_ok=True)
-            checkpoint.save(path, steps.model, steps.dense, steps.rows, about)
+        def save(outcome: Outcome, best: bool) -> None:
+            about = {
+                "step": outcome.steps,
+                "epoch": outcome.epochs,
+                "outcome": dataclasses.asdict(outcome),
+                "metrics_bytes": folder.metrics_bytes,
+                "config": dataclasses.asdict(config),
+                "model": model_about,
+                "data": fingerprint,
+                "versions": versions(),
+            }
+            folder.checkpoints.add(outcome.steps, partial(steps.save, about=about), best)
 
-        outcome = train(steps, loader, watch, folder.log, save)
-        checkpoint.load_model(folder.checkpoint("best"), steps.model, steps.rows)
+        outcome = train(steps, loader, watch, Reports(folder.log, noted, save), outcome)
+        if outcome.best_step:
+            checkpoint.load_model(folder.checkpoints.named("best"), steps.model, steps.rows)
         labels = loader.labels("test").numpy()
         result = click_metrics(labels, predict(steps, loader, "test", watch))
         base = base_rate_metrics(labels, dataset.click_rate("train"))
         exact_all_ids = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
         report = make_report(config, plan, exact_all_ids, steps, watch, outcome, result, base, best_auc)
+        report["warnings"] = warnings
         folder.plot(f"{title(report)}: test AUC {result['auc']:.4f}", base["log_loss"], best_auc)
         folder.report(report)
     finally:
         folder.close()
     print_results(report, base, best_auc, device, folder.path)
-    for line in watch.broken:
-        print(f"*** one-graph rule broken: {line}")
     return INTERRUPTED if outcome.interrupted else 0
+
+
+def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run goes on from and what was saved about it; None where it had not saved any.
+
+    Says what changed since; a UserError where it would be another model.
+    """
+    checkpoints = CheckpointFolder(folder / "checkpoints", config.keep_checkpoints)
+    found = checkpoints.newest(warn)
+    if found is None:
+        print(f"{folder} holds no checkpoint yet: the run starts from its beginning")
+        return None
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    for line in guards.config_changes(found[1]["config"], now):
+        warn(line)
+    for line in guards.version_changes(found[1]["versions"], versions()):
+        warn(line)
+    return found
+
+
+def check_data(dataset: PreparedDataset, about: dict[str, Any] | None) -> dict[str, Any]:
+    """The dataset's fingerprint, after looking for what makes a run senseless; ``about`` is that of a checkpoint."""
+    splits = {name: np.asarray(dataset.labels[slice(*part)], np.float32) for name, part in dataset.splits.items()}
+    guards.check_labels(splits)
+    fingerprint = describe_data(dataset)
+    if about and (line := data_changed(about["data"], fingerprint)):
+        raise UserError(f"{line}. A run goes on with its own rows: give --data what it was trained on.")
+    if line := seen_in_training(dataset, "test"):
+        warn(line)
+    return fingerprint
+
+
+def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder) -> None:
+    """Puts a checkpoint into steps that have done nothing yet."""
+    steps.load(path)
+    outcome = about["outcome"]
+    if outcome["best_step"] == outcome["steps"]:
+        folder.checkpoints.repeat_best(path)
+    print(f"resumed from {path}, step {outcome['steps']:,}")
 
 
 def make_report(
@@ -317,10 +398,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(line_buffering=True)  # so that a log file has the lines in their order
     given = vars(flags().parse_args(arguments))
     file, plan_only, listing = given.pop("config"), given.pop("plan"), given.pop("list_plugins")
+    resumed = given.pop("resume")
     try:
         if listing:
             list_plugins()
             return 0
+        if resumed:
+            if "out" in given or file:
+                raise UserError("--resume goes on in its own folder, with its own config.yaml: no --out, no --config")
+            file = resumed / "config.yaml"
         config, origins = resolve(given, file)
         registry.parse(config.plugin)
         if plan_only:
@@ -330,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"as {device.planned.description} lays tables out:")
             print(planning.text(plan.bags, plan.training, plan.memory))
             return 0
-        return run(config, origins)
+        return run(config, origins, resumed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -341,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}. Look at the disk and the permissions there, and run again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped at once; a run folder without report.json is not a finished run", file=sys.stderr)
+        print("stopped at once; --resume RUN goes on from its last checkpoint", file=sys.stderr)
         return INTERRUPTED
 
 

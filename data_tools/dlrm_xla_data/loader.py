@@ -40,13 +40,13 @@ class Loader:
         start, stop = self.dataset.splits[split]
         return torch.from_numpy(self.dataset.labels[start:stop].astype(np.float32))
 
-    def batches(self, split: str, epoch: int = 0) -> Iterator[PackedBatch]:
-        """One pass over a split."""
+    def batches(self, split: str, epoch: int = 0, start_step: int = 0) -> Iterator[PackedBatch]:
+        """One pass over a split, without its first ``start_step`` batches."""
         start, stop = self.dataset.splits[split]
         order = np.arange(start, stop)
         if split == "train":
             np.random.default_rng([self.seed, epoch]).shuffle(order)
-        for first in range(0, len(order), self.batch_size):
+        for first in range(start_step * self.batch_size, len(order), self.batch_size):
             yield self._batch(order[first : first + self.batch_size])
 
     def _batch(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> PackedBatch:

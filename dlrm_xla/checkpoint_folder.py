@@ -1,0 +1,76 @@
+"""The checkpoints of one run: the last few by their steps, and the names `last` and `best`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dlrm_xla.checkpoint import read_about
+from dlrm_xla.errors import UserError
+
+SUFFIX = ".safetensors"
+
+
+class CheckpointFolder:
+    """Keeps the last ``keep`` checkpoints of a run; ``best`` stays when its step is forgotten."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+
+    def named(self, name: str) -> Path:
+        """Where the checkpoint "last" or "best" lies."""
+        return self.path / f"{name}{SUFFIX}"
+
+    def by_step(self) -> list[Path]:
+        """Checkpoints by falling step."""
+        return sorted(self.path.glob(f"step-*{SUFFIX}"), reverse=True)
+
+    def add(self, step: int, write: Callable[[Path], None], best: bool) -> None:
+        """Has a checkpoint written, gives it its names, and forgets the oldest."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / f"step-{step:010d}{SUFFIX}"
+        write(path)
+        # Before "last": whoever is killed here is resumed from this step, and finds its best.
+        if best:
+            self._name(path, "best")
+        self._name(path, "last")
+        for old in self.by_step()[self.keep :]:
+            old.unlink(missing_ok=True)
+
+    def repeat_best(self, path: Path) -> None:
+        """Names a checkpoint the best again, in case the run was killed before it did."""
+        self._name(path, "best")
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint and what was saved about it; None where there is none at all.
+
+        Says which ones are damaged; a UserError where all are.
+        """
+        for left_over in self.path.glob("*.unfinished"):
+            left_over.unlink(missing_ok=True)
+        damaged = []
+        for path in dict.fromkeys([*self.by_step(), self.named("last")]):
+            if not path.exists():
+                continue
+            try:
+                return path, read_about(path)
+            except UserError as error:
+                say(str(error))
+                damaged.append(path.name)
+        if damaged:
+            raise UserError(f"no checkpoint of {self.path} is whole: {', '.join(damaged)}. Start the run again.")
+        return None
+
+    def _name(self, path: Path, name: str) -> None:
+        scratch = self.path / f"{name}.unfinished"
+        scratch.unlink(missing_ok=True)
+        try:
+            os.link(path, scratch)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, scratch)
+        os.replace(scratch, self.named(name))
+        scratch.unlink(missing_ok=True)  # a rename of one file onto itself does nothing

@@ -1,0 +1,70 @@
+"""A trained model from its checkpoint alone: to score rows, and to export it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla import checkpoint
+from dlrm_xla.batches import PackedBatch, unpack
+from dlrm_xla.config import Config
+from dlrm_xla.contract import Table
+from dlrm_xla.errors import UserError
+from dlrm_xla.model import DLRM
+from dlrm_xla.plan import TablePlan
+from dlrm_xla.registry import compose, parse
+from dlrm_xla.rows import RowTable
+
+
+def describe(config: Config, plans: Sequence[TablePlan], num_dense: int, bag_lengths: Sequence[int]) -> dict[str, Any]:
+    """What a checkpoint keeps so that the model can be built without its data."""
+    return {
+        "num_dense": num_dense,
+        "bag_lengths": list(bag_lengths),
+        "tables": [{"name": p.name, "rows": p.rows, "dim": p.dim, "plugin": p.plugin} for p in plans],
+        **{k: getattr(config, k) for k in ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")},
+    }
+
+
+def build(described: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> DLRM:
+    """The model that was described, with initial values."""
+    tables = [Table(t["name"], t["rows"], t["dim"]) for t in described["tables"]]
+
+    def rows(table: Table) -> RowTable:
+        return RowTable(table, dtype=dtype)
+
+    return DLRM(
+        described["num_dense"],
+        tables,
+        [compose(parse(t["plugin"]), rows) for t in described["tables"]],
+        **{k: described[k] for k in ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")},
+    )
+
+
+class Scorer(nn.Module):
+    """Click probabilities [B] from dense_BI float32 and ids_BS int32, the slots of all features side by side."""
+
+    def __init__(self, model: DLRM, bag_lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.bag_lengths = list(bag_lengths)
+
+    def forward(self, dense_BI: Tensor, ids_BS: Tensor) -> Tensor:
+        batch = unpack(PackedBatch(dense_BI, ids_BS, torch.zeros_like(dense_BI[:, 0])), self.bag_lengths)
+        logits_B: Tensor = self.model(batch.dense_BI, batch.ids, batch.weights)
+        return torch.sigmoid(logits_B)
+
+
+def load(path: Path) -> tuple[Scorer, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU and ready to score, and what was saved about it."""
+    about = checkpoint.read_about(path)
+    if "model" not in about:
+        raise UserError(f"{path} does not say which model it is of; a checkpoint of launch/run.py does")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[about["config"]["row_precision"]]
+    model = build(about["model"], dtype)
+    checkpoint.load_model(path, model)
+    return Scorer(model, about["model"]["bag_lengths"]).eval(), about
