@@ -13,10 +13,10 @@ from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, unpack
 from dlrm_xla.config import Config
 from dlrm_xla.contract import Table
-from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.plan import TablePlan
 from dlrm_xla.registry import compose, parse
+from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.rows import RowTable
 
 
@@ -62,9 +62,6 @@ class Scorer(nn.Module):
 def load(path: Path) -> tuple[Scorer, dict[str, Any]]:
     """The model of a checkpoint, on the CPU and ready to score, and what was saved about it."""
     about = checkpoint.read_about(path)
-    if "model" not in about:
-        raise UserError(f"{path} does not say which model it is of; a checkpoint of launch/run.py does")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[about["config"]["row_precision"]]
-    model = build(about["model"], dtype)
+    model = build(about["model"], DTYPES[about["config"]["row_precision"]])
     checkpoint.load_model(path, model)
     return Scorer(model, about["model"]["bag_lengths"]).eval(), about

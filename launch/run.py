@@ -5,6 +5,8 @@ python launch/run.py --device xla --plugin tensorly_tt --data criteo.tsv.gz
 python launch/run.py --list-plugins
 python launch/run.py --plan --preset terabyte --plugin tensorly_tt:rank=16
 python launch/run.py --resume runs/20261123-...            goes on where its last checkpoint is, bit for bit
+python launch/run.py --evaluate runs/.../checkpoints/best.safetensors --out predictions.parquet
+python launch/run.py --export runs/.../checkpoints/best.safetensors --out FOLDER
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import use_checkpoint
 from dlrm_xla_data.criteo import open_log
 from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_in_training
 from dlrm_xla_data.loader import Loader
-from dlrm_xla_data.prepared import PreparedDataset, open_prepared
+from dlrm_xla_data.prepared import SPLITS, PreparedDataset, open_prepared
 from dlrm_xla_data.synthetic import synthesize
 from torch import nn
 
@@ -87,6 +90,13 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
     parser.add_argument(
         "--resume", type=Path, default=None, metavar="RUN", help="run folder to go on with; its config.yaml holds"
+    )
+    parser.add_argument(
+        "--evaluate", type=Path, default=None, metavar="CHECKPOINT", help="score rows, write --out as Parquet, and stop"
+    )
+    parser.add_argument("--split", default="test", choices=SPLITS, help="the rows that --evaluate scores")
+    parser.add_argument(
+        "--export", type=Path, default=None, metavar="CHECKPOINT", help="write programs to the folder --out, and stop"
     )
     parser.add_argument("--plan", action="store_true", default=False, help="print what each table keeps, and stop")
     parser.add_argument(
@@ -398,11 +408,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(line_buffering=True)  # so that a log file has the lines in their order
     given = vars(flags().parse_args(arguments))
     file, plan_only, listing = given.pop("config"), given.pop("plan"), given.pop("list_plugins")
-    resumed = given.pop("resume")
+    resumed, evaluated, exported, split = (given.pop(k) for k in ("resume", "evaluate", "export", "split"))
     try:
         if listing:
             list_plugins()
             return 0
+        if evaluated:
+            return use_checkpoint.evaluate(evaluated, given, split, open_data, warn)
+        if exported:
+            return use_checkpoint.export_model(exported, given)
         if resumed:
             if "out" in given or file:
                 raise UserError("--resume goes on in its own folder, with its own config.yaml: no --out, no --config")

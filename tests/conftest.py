@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +20,9 @@ needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: 
 
 
 def launch_script(name: str) -> ModuleType:
-    """A script of launch/ as a module."""
+    """A script of launch/ as a module; scripts there import each other, as they do when they are run."""
+    if str(ROOT / "launch") not in sys.path:
+        sys.path.insert(0, str(ROOT / "launch"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

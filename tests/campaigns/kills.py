@@ -161,6 +161,7 @@ def main() -> int:
     return 1 if found["failed"] else 0
 
 
+sys.path.insert(0, str(ROOT / "launch"))
 spec = importlib.util.spec_from_file_location("run", ROOT / "launch" / "run.py")
 assert spec is not None
 assert spec.loader is not None

@@ -1,0 +1,54 @@
+"""A trained model as programs that need nothing of this project: torch.export and StableHLO."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlrm_xla.devices import open_xla_first
+from dlrm_xla.errors import UserError
+from dlrm_xla.serving import Scorer
+
+TORCH, STABLEHLO = "model.pt2", "stablehlo"
+
+
+def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> list[str]:
+    """Writes `model.pt2` for any batch size, `stablehlo/` for ``batch`` samples, and `interface.json`; returns names.
+
+    Both map (dense_BI float32, ids_BS int32) to click probabilities [B]; tables are in them as they were trained, so a
+    compressed model stays compressed. StableHLO needs torch_xla and is left out where that is missing.
+
+    Raises UserError where a plugin cannot be exported.
+    """
+    described = about["model"]
+    width = sum(described["bag_lengths"])
+    example = (torch.zeros(batch, described["num_dense"]), torch.zeros(batch, width, dtype=torch.int32))
+    scorer = scorer.eval().requires_grad_(False)
+    size = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad():
+            flexible = torch.export.export(scorer, example, dynamic_shapes=({0: size}, {0: size}))
+            fixed = torch.export.export(scorer, example)
+    except Exception as error:  # whatever torch makes of a stranger's plugin
+        raise UserError(f"torch.export cannot take this model: {error}. Look at the plugins.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.export.save(flexible, folder / TORCH)
+    written = [TORCH]
+    if open_xla_first():
+        from torch_xla.stablehlo import exported_program_to_stablehlo
+
+        exported_program_to_stablehlo(fixed).save(str(folder / STABLEHLO))
+        written.append(STABLEHLO)
+    interface = {
+        "inputs": {"dense_BI": ["batch", described["num_dense"]], "ids_BS": ["batch", width]},
+        "output": "click probability [batch]",
+        "stablehlo_batch": batch,
+        "bag_lengths": described["bag_lengths"],
+        "tables": described["tables"],
+        "step": about["step"],
+    }
+    (folder / "interface.json").write_text(json.dumps(interface, indent=1) + "\n")
+    return [*written, "interface.json"]

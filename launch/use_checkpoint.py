@@ -1,0 +1,94 @@
+"""What `launch/run.py` does with a checkpoint besides training: score rows, and export the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_by_sketch
+from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.prepared import PreparedDataset
+
+from dlrm_xla import checkpoint, serving
+from dlrm_xla.config import Config, resolve
+from dlrm_xla.devices import open_device
+from dlrm_xla.errors import UserError
+from dlrm_xla.export import export
+from dlrm_xla.metrics import base_rate_metrics, click_metrics
+from dlrm_xla.predictions import write_predictions
+from dlrm_xla.row_optim import DTYPES
+from dlrm_xla.train import GraphWatch, Steps, predict
+
+Warn = Callable[[str], None]
+
+
+def evaluate(
+    path: Path,
+    given: dict[str, Any],
+    split: str,
+    open_data: Callable[[Config], tuple[PreparedDataset, float | None]],
+    warn: Warn,
+) -> int:
+    """Scores a split of a dataset by a checkpoint, writes predictions as Parquet, prints the metrics.
+
+    Settings are those of the checkpoint but for ``given``. A UserError where the data's ids mean something else.
+    """
+    about = _about(path)
+    out = Path(given.pop("out", "") or path.parent.parent / f"predictions-{path.stem}-{split}.parquet")
+    saved = {k: v for k, v in about["config"].items() if k not in ("out", "row_files")}
+    config, _ = resolve({**saved, **given}, None)
+    device = open_device(config.device)
+    print(f"device: {device.description}")
+    if device.loud:
+        warn(device.loud)
+    dataset, _ = open_data(config)
+    if split not in dataset.splits:
+        raise UserError(f"there is no split {split!r}; the data has: {', '.join(dataset.splits)}")
+    now = describe_data(dataset)
+    if now["vocabulary"] != about["data"]["vocabulary"]:
+        raise UserError(
+            f"{data_changed(about['data'], now)}. Its scores would be noise: give --data rows that were prepared with "
+            "the ids of the training rows."
+        )
+    if line := seen_by_sketch(dataset, split, about["data"]):
+        warn(line)
+    model = serving.build(about["model"], DTYPES[config.row_precision])
+    steps = Steps(model, about["model"]["bag_lengths"], device, config)
+    checkpoint.load_model(path, steps.model, steps.rows)
+    # Under another name, for training rows of that name come in random order.
+    ordered = replace(dataset, splits={**dataset.splits, "scored": dataset.splits[split]})
+    loader = Loader(ordered, config.batch_size, config.min_count, config.seed)
+    labels = loader.labels("scored").numpy()
+    logits = predict(steps, loader, "scored", GraphWatch(device, warn))
+    write_predictions(out, labels, logits, dataset.splits[split][0])
+    print(f"{len(labels):,} {split} rows scored by {path}, step {about['step']:,}")
+    if 0 < float(np.mean(labels)) < 1:
+        base = base_rate_metrics(labels, dataset.click_rate("train"))
+        for name, value in click_metrics(labels, logits).items():
+            print(f"{name.replace('_', ' '):<20}{value:>12.4f}{base[name]:>12.4f} of a constant")
+    else:
+        warn("all labels of these rows are the same: there are no metrics")
+    print(f"predictions         {out}")
+    return 0
+
+
+def export_model(path: Path, given: dict[str, Any]) -> int:
+    """Exports a checkpoint's model as torch.export and StableHLO programs into a folder."""
+    _about(path)
+    folder = Path(given.get("out", "") or path.parent.parent / f"export-{path.stem}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder} is there already. Choose a new folder.")
+    scorer, about = serving.load(path)
+    names = export(scorer, about, folder, given.get("batch_size", about["config"]["batch_size"]))
+    print(f"step {about['step']:,} of {path} exported to {folder}: {', '.join(names)}")
+    return 0
+
+
+def _about(path: Path) -> dict[str, Any]:
+    about = checkpoint.read_about(path)
+    if "model" not in about:
+        raise UserError(f"{path} does not say which model it is of; a checkpoint of launch/run.py does")
+    return about

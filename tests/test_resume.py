@@ -1,0 +1,230 @@
+"""Runs that were interrupted go on as if they had not been, and damaged checkpoints never load."""
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, launch_script, needs_xla
+from safetensors.torch import load_file
+
+from dlrm_xla import checkpoint, tensor_file
+from dlrm_xla.batches import PackedBatch
+from dlrm_xla.config import resolve
+from dlrm_xla.contract import Table
+from dlrm_xla.devices import open_device
+from dlrm_xla.errors import UserError
+from dlrm_xla.model import DLRM
+from dlrm_xla.registry import compose, parse
+from dlrm_xla.rows import RowTable
+from dlrm_xla.train import Steps
+
+launcher = launch_script("run")
+DEVICES = ["cpu", pytest.param("xla", marks=needs_xla)]
+SETTINGS = {
+    "synthetic_tables": [30, 2000, 500],
+    "synthetic_rows": 1400,
+    "bottom": [8],
+    "top": [8],
+    "batch_size": 128,
+    "epochs": 2,
+    "min_count": 0,
+    "min_rows": 100,
+    "log_every": 4,
+    "save_every": 1,
+    "keep_checkpoints": 100,
+}
+
+
+def _campaign(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "campaigns" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return ["--config", str(path)]
+
+
+def _interrupted(run, to, step):
+    """A folder as a kill after a step's save leaves it, with what later steps wrote still in its metrics."""
+    shutil.copytree(run, to)
+    (to / "report.json").unlink()
+    for path in (to / "checkpoints").glob("*"):
+        if path.name > f"step-{step:010d}.safetensors" or not path.name.startswith("step"):
+            path.unlink()
+    (to / "checkpoints" / "last.unfinished").write_bytes(b"half of a")
+    return to
+
+
+def _bits(path):
+    return {name: tensor.numpy(force=True).tobytes() for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_that_goes_on_ends_in_the_same_bits(device, settings, tmp_path):
+    calm = tmp_path / "calm"
+    plugin = ["--plugin", "tensorly_tt:rank=2", "--device", device]
+    assert launcher.main([*settings, *plugin, "--out", str(calm)]) == 0
+    steps = len(list((calm / "checkpoints").glob("step-*")))
+    assert steps == 20
+    # within an epoch, and beside validations and log lines
+    folder = _interrupted(calm, tmp_path / "interrupted", 13)
+    assert launcher.main(["--resume", str(folder)]) == 0
+    for file in ("checkpoints/last.safetensors", "checkpoints/best.safetensors"):
+        assert _bits(folder / file) == _bits(calm / file)
+    assert (folder / "metrics.jsonl").read_text() == (calm / "metrics.jsonl").read_text()
+    reports = [json.loads((path / "report.json").read_text()) for path in (calm, folder)]
+    for figure in ("auc", "log_loss", "steps", "samples", "best_step"):
+        assert reports[0][figure] == reports[1][figure]
+    assert reports[1]["one_graph_rule_broken"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_at_hand_and_the_run_goes_on(number, settings, tmp_path, monkeypatch):
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    flags = [*settings, "--save-every", "0"]
+    assert launcher.main([*flags, "--out", str(calm)]) == 0
+    real, count = Steps.train, 0
+
+    def train(self, packed, step):
+        nonlocal count
+        count += 1
+        if count == 7:
+            os.kill(os.getpid(), number)
+        real(self, packed, step)
+
+    monkeypatch.setattr(Steps, "train", train)
+    assert launcher.main([*flags, "--out", str(stopped)]) == 130
+    assert checkpoint.read_about(stopped / "checkpoints" / "last.safetensors")["step"] == 7
+    assert json.loads((stopped / "report.json").read_text())["interrupted"] is True
+    assert launcher.main(["--resume", str(stopped)]) == 0
+    assert _bits(stopped / "checkpoints/last.safetensors") == _bits(calm / "checkpoints/last.safetensors")
+    assert (stopped / "metrics.jsonl").read_text() == (calm / "metrics.jsonl").read_text()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(settings, tmp_path, capsys):
+    calm = tmp_path / "calm"
+    assert launcher.main([*settings, "--out", str(calm)]) == 0
+    folder = _interrupted(calm, tmp_path / "damaged", 9)
+    newest = folder / "checkpoints" / "step-0000000009.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    capsys.readouterr()
+    assert launcher.main(["--resume", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "step-0000000009.safetensors is damaged" in printed.err
+    assert "step 8" in printed.out
+    assert _bits(folder / "checkpoints/last.safetensors") == _bits(calm / "checkpoints/last.safetensors")
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"\x80\x04")
+    assert launcher.main(["--resume", str(folder)]) == 2
+    assert "no checkpoint of" in capsys.readouterr().err
+
+
+def test_what_changed_since_the_checkpoint_is_said_or_refused(settings, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert launcher.main([*settings, "--epochs", "1", "--out", str(folder)]) == 0
+    assert launcher.main(["--resume", str(folder), "--dim", "8", "--seed", "4"]) == 2
+    assert "dim: 16 -> 8; seed: 0 -> 4" in capsys.readouterr().err
+    assert launcher.main(["--resume", str(folder), "--epochs", "2", "--row-lr", "0.01"]) == 0
+    printed = capsys.readouterr().err
+    assert "row_lr: 0.02 -> 0.01 (changed since the checkpoint" in printed
+    assert "epochs: 1 -> 2" in printed
+    assert json.loads((folder / "report.json").read_text())["epochs"] == 2
+    assert launcher.main(["--resume", str(folder), "--out", "elsewhere"]) == 2
+    assert "no --out" in capsys.readouterr().err
+    assert launcher.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert "cannot read the configuration" in capsys.readouterr().err
+
+
+def test_a_thousandth_of_the_corruption_campaign(tmp_path):
+    found = _campaign("corruption").campaign(160, 1, tmp_path)
+    assert found["failed"] == []
+    assert sum(found["refused"].values()) == 160
+
+
+TABLES = [Table("a", 30, 8), Table("b", 2000, 8), Table("c", 500, 8)]
+
+
+def _steps(device, placement, spec="exact", **settings):
+    config, _ = resolve({"preset": "small", "batch_size": 8, "placement": placement, **settings}, None)
+    model = DLRM(3, TABLES, [compose(parse(spec), RowTable)] * 3, bottom=[8], top=[8])
+    return Steps(model, [1, 3, 2], open_device(device), config)
+
+
+def _batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.cat(
+        [torch.randint(0, t.num_rows, (8, n), generator=generator) for t, n in zip(TABLES, (1, 3, 2), strict=True)], 1
+    )
+    labels = torch.randint(0, 2, (8,), generator=generator).float()
+    return PackedBatch(torch.randn(8, 3, generator=generator), ids.int(), labels)
+
+
+@needs_xla
+@pytest.mark.parametrize(("here", "there"), [("cpu", "xla"), ("xla", "cpu")])
+def test_training_goes_on_on_another_device_with_another_placement(here, there, tmp_path):
+    one = _steps(here, {"a": "dense", "b": "sparse"}, row_optimizer="adagrad")
+    two = _steps(there, {"a": "matmul", "b": "dense"}, row_optimizer="adagrad")
+    for k in range(3):
+        one.train(_batch(k), k)
+    one.save(tmp_path / "c.safetensors", {"step": 3})
+    two.load(tmp_path / "c.safetensors")
+    two.save(tmp_path / "d.safetensors", {"step": 3})
+    saved, again = (load_file(tmp_path / name) for name in ("c.safetensors", "d.safetensors"))
+    for name, tensor in saved.items():
+        assert torch.equal(tensor.flatten(), again[name].flatten()), name
+    for k in range(3, 6):
+        one.train(_batch(k), k)
+        two.train(_batch(k), k)
+    assert one.mean_loss() == pytest.approx(two.mean_loss(), rel=1e-5)
+    for (name, a), (_, b) in zip(sorted(one.rows.tables()), sorted(two.rows.tables()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@needs_xla
+def test_arrays_larger_than_a_part_are_read_whole_from_xla(monkeypatch):
+    monkeypatch.setattr("dlrm_xla.devices._PART_BYTES", 999)
+    device = open_device("xla")
+    array = torch.arange(700.0).view(100, 7)
+    assert torch.equal(torch.cat(list(device.host_parts(array.to(device.torch_device)))), array)
+
+
+def test_a_file_size_limit_stops_a_save_and_the_checkpoint_before_loads(tmp_path):
+    steps = _steps("cpu", {})
+    path = tmp_path / "c.safetensors"
+    steps.save(path, {"step": 0})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write the checkpoint .*too large"):
+            steps.save(path, {"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert checkpoint.read_about(path)["step"] == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_what_the_library_reads(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(4, dtype=torch.int64), "c": torch.ones(2).bfloat16()}
+    sections = [tensor_file.Section([(n, t.shape)], t.dtype, t.split(2)) for n, t in tensors.items()]
+    tensor_file.write(tmp_path / "f", sections, {"format": "x"})
+    assert all(torch.equal(load_file(tmp_path / "f")[n], t) for n, t in tensors.items())
+    with tensor_file.opened(tmp_path / "f") as file:
+        assert file.about["format"] == "x"
+        assert file.shape("a") == (3, 5)
+        with pytest.raises(UserError, match="has no nothing"):
+            file.tensor("nothing")

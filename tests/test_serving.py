@@ -1,0 +1,113 @@
+"""What a checkpoint is good for after training: predictions, programs, and weights of the reference's script."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import launch_script, needs_xla
+from sklearn.metrics import roc_auc_score
+
+from dlrm_xla import serving
+from dlrm_xla.errors import UserError
+from dlrm_xla.export import export
+
+launcher = launch_script("run")
+QUICK = ["--synthetic-rows", "7000", "--min-count", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert launcher.main([*QUICK, "--plugin", "tensorly_tt:rank=2", "--out", str(out)]) == 0
+    return out
+
+
+def test_predictions_of_a_checkpoint_are_those_that_were_reported(run, tmp_path, capsys):
+    best, out = run / "checkpoints" / "best.safetensors", tmp_path / "p.parquet"
+    assert launcher.main(["--evaluate", str(best), "--out", str(out)]) == 0
+    assert capsys.readouterr().err == ""
+    columns = pyarrow.parquet.read_table(out).to_pydict()
+    assert columns["row"] == list(range(6000, 6500)), "the first half of the last day"
+    report = json.loads((run / "report.json").read_text())
+    assert roc_auc_score(columns["label"], columns["probability"]) == pytest.approx(report["auc"], abs=1e-9)
+    logits = np.array(columns["logit"])
+    np.testing.assert_allclose(columns["probability"], 1 / (1 + np.exp(-logits)), rtol=1e-6)
+    assert launcher.main(["--evaluate", str(best), "--split", "train", "--out", str(out)]) == 0
+    assert "100% of the train rows occur in the training rows too" in capsys.readouterr().err
+    columns = pyarrow.parquet.read_table(out).to_pydict()
+    # Rows that the model learned from, in their own order: shuffled ones would give 0.5.
+    assert roc_auc_score(columns["label"], columns["logit"]) > 0.55
+
+
+def test_rows_whose_ids_mean_something_else_are_refused(run, tmp_path, capsys):
+    best = run / "checkpoints" / "best.safetensors"
+    assert launcher.main(["--evaluate", str(best), "--seed", "5", "--out", str(tmp_path / "p")]) == 2
+    assert "ids that mean something else" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def _described(spec):
+    return {
+        "model": {
+            "num_dense": 3,
+            "bag_lengths": [1, 3, 2],
+            "tables": [{"name": n, "rows": r, "dim": 8, "plugin": spec} for n, r in (("a", 30), ("b", 999), ("c", 80))],
+            "bottom": [4],
+            "top": [4],
+            "interaction": "dot",
+            "cross_layers": 1,
+            "cross_rank": 1,
+            "seed": 0,
+        },
+        "step": 5,
+    }
+
+
+def _inputs(batch):
+    rng = np.random.default_rng(batch)
+    ids = [rng.integers(0, rows, (batch, length)) for rows, length in ((30, 1), (999, 3), (80, 2))]
+    dense = torch.from_numpy(rng.normal(size=(batch, 3)).astype(np.float32))
+    return dense, torch.from_numpy(np.concatenate(ids, 1).astype(np.int32))
+
+
+@needs_xla
+@pytest.mark.parametrize(
+    "spec",
+    ["exact", "tensorly_tt:rank=2", "hash_rows:rows=20+int8", "random_projection:dim=2", "hot_cold+hash_rows:rows=9"],
+)
+def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
+    from torch_xla.stablehlo import StableHLOGraphModule
+
+    about = _described(spec)
+    scorer = serving.Scorer(serving.build(about["model"]), about["model"]["bag_lengths"])
+    export(scorer, about, tmp_path, batch=6)
+    with torch.no_grad():
+        expected = {batch: scorer(*_inputs(batch)) for batch in (1, 6, 11)}
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for batch, probabilities in expected.items():
+        torch.testing.assert_close(program(*_inputs(batch)), probabilities, atol=1e-6, rtol=1e-5)
+    stablehlo = StableHLOGraphModule.load(str(tmp_path / "stablehlo"))
+    found = torch.as_tensor(np.asarray(stablehlo(*_inputs(6)).cpu()))
+    torch.testing.assert_close(found, expected[6], atol=1e-6, rtol=1e-5)
+
+
+def test_a_checkpoint_is_exported_from_the_command_line(run, tmp_path, capsys):
+    best = run / "checkpoints" / "best.safetensors"
+    assert launcher.main(["--export", str(best), "--out", str(tmp_path / "e")]) == 0
+    scorer, _ = serving.load(best)
+    program = torch.export.load(tmp_path / "e" / "model.pt2").module()
+    inputs = torch.rand(4, 13), torch.randint(0, 3, (4, 26), dtype=torch.int32)
+    with torch.no_grad():
+        torch.testing.assert_close(program(*inputs), scorer(*inputs), atol=1e-6, rtol=1e-5)
+    assert launcher.main(["--export", str(best), "--out", str(tmp_path / "e")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    for flag in ("--evaluate", "--export"):
+        assert launcher.main([flag, str(tmp_path / "none")]) == 2
+        assert "cannot read the checkpoint" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot read"):
+        serving.load(tmp_path / "none")
