@@ -73,6 +73,8 @@ def _inputs(batch):
 
 
 @needs_xla
+# torch_xla's own, while it loads what it wrote
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize(
     "spec",
     ["exact", "tensorly_tt:rank=2", "hash_rows:rows=20+int8", "random_projection:dim=2", "hot_cold+hash_rows:rows=9"],
