@@ -217,7 +217,13 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
     if not config.data:  # refused now rather than after minutes of drawing rows
         check_memory(make_plan(config, device, device.rows, None))
     dataset, best_auc = open_data(config)
-    fingerprint = check_data(dataset, start[1] if start else None)
+    warnings: list[str] = []
+
+    def noted(line: str) -> None:
+        warnings.append(line)
+        warn(line)
+
+    fingerprint = check_data(dataset, start[1] if start else None, noted)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
@@ -242,12 +248,6 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
     outcome = Outcome(**about.get("outcome", {}))
     folder = RunFolder(config, origins, resumed, about.get("metrics_bytes", 0), outcome.samples)
     print(f"run folder: {folder.path}")
-    warnings: list[str] = []
-
-    def noted(line: str) -> None:
-        warnings.append(line)
-        warn(line)
-
     try:
         steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
         if start:
@@ -303,7 +303,7 @@ def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | No
     return found
 
 
-def check_data(dataset: PreparedDataset, about: dict[str, Any] | None) -> dict[str, Any]:
+def check_data(dataset: PreparedDataset, about: dict[str, Any] | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The dataset's fingerprint, after looking for what makes a run senseless; ``about`` is that of a checkpoint."""
     splits = {name: np.asarray(dataset.labels[slice(*part)], np.float32) for name, part in dataset.splits.items()}
     guards.check_labels(splits)
@@ -311,7 +311,7 @@ def check_data(dataset: PreparedDataset, about: dict[str, Any] | None) -> dict[s
     if about and (line := data_changed(about["data"], fingerprint)):
         raise UserError(f"{line}. A run goes on with its own rows: give --data what it was trained on.")
     if line := seen_in_training(dataset, "test"):
-        warn(line)
+        say(line)
     return fingerprint
 
 

@@ -47,13 +47,15 @@ def evaluate(
     dataset, _ = open_data(config)
     if split not in dataset.splits:
         raise UserError(f"there is no split {split!r}; the data has: {', '.join(dataset.splits)}")
-    now = describe_data(dataset)
-    if now["vocabulary"] != about["data"]["vocabulary"]:
+    now, known = describe_data(dataset), about.get("data")
+    if known is None:
+        warn("the checkpoint does not know its training rows: whether these ids mean the same cannot be checked")
+    elif now["vocabulary"] != known["vocabulary"]:
         raise UserError(
-            f"{data_changed(about['data'], now)}. Its scores would be noise: give --data rows that were prepared with "
+            f"{data_changed(known, now)}. Its scores would be noise: give --data rows that were prepared with "
             "the ids of the training rows."
         )
-    if line := seen_by_sketch(dataset, split, about["data"]):
+    elif line := seen_by_sketch(dataset, split, known):
         warn(line)
     model = serving.build(about["model"], DTYPES[config.row_precision])
     steps = Steps(model, about["model"]["bag_lengths"], device, config)

@@ -1,0 +1,110 @@
+"""Trained weights of the facebookresearch/dlrm script, in and out.
+
+That script's ``DLRM_Net`` names embedding tables ``emb_l.N.weight``, the layers of its MLPs ``bot_l.N.weight``,
+``bot_l.N.bias`` and ``top_l.N...``, N counting activations too (dlrm_s_pytorch.py, ``create_emb``, ``create_mlp``), and
+saves them under "state_dict" with torch.save. Ids keep their rows: to score with imported weights, rows must have the
+ids that the script gave them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlrm_xla.errors import UserError
+
+_NAMES = (
+    (re.compile(r"emb_l\.(\d+)\.weight"), r"bags.\1.weight"),
+    (re.compile(r"bot_l\.(\d+)\.(weight|bias)"), r"bottom.\1.\2"),
+    (re.compile(r"top_l\.(\d+)\.(weight|bias)"), r"top.\1.\2"),
+)
+_BACK = (
+    (re.compile(r"bags\.(\d+)\.weight"), r"emb_l.\1.weight"),
+    (re.compile(r"bottom\.(\d+)\.(weight|bias)"), r"bot_l.\1.\2"),
+    (re.compile(r"top\.(\d+)\.(weight|bias)"), r"top_l.\1.\2"),
+)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file that the script wrote; nothing in the file is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a file of weights that is safe to load: {str(error).splitlines()[0]}. It must be what the "
+            "script's --save-model writes."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state_dict; it must be what the script's --save-model writes")
+    return state
+
+
+def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights under the names of `dlrm_xla.model.DLRM` with exact tables."""
+    return _renamed(
+        {name.removeprefix("module."): tensor for name, tensor in state.items()},
+        _NAMES,
+        "The script's quotient-remainder and mixed-dimension tables are not converted.",
+    )
+
+
+def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a DLRM with exact tables and dot or cat interaction under the script's names."""
+    return _renamed(state, _BACK, "The script knows exact tables and the interactions dot and cat only.")
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The model that renamed weights belong to, as `dlrm_xla.serving.build` takes it.
+
+    The interaction follows from the width of the top MLP's input. Raises UserError where it is neither dot nor cat.
+    """
+
+    def weights(part: str) -> list[Tensor]:
+        found = [n for n in state if n.startswith(f"{part}.") and n.endswith(".weight")]
+        if not found:
+            raise UserError(f"these weights have no {part}: a DLRM has tables, a bottom and a top MLP")
+        return [state[n] for n in sorted(found, key=lambda n: int(n.split(".")[1]))]
+
+    bottom, top, tables = (weights(part) for part in ("bottom", "top", "bags"))
+    dim, vectors = tables[0].shape[1], len(tables) + 1
+    widths = {"dot": dim + vectors * (vectors - 1) // 2, "cat": dim * vectors}
+    kinds = [kind for kind, width in widths.items() if width == top[0].shape[1]]
+    if not kinds:
+        raise UserError(
+            f"the top MLP takes {top[0].shape[1]} numbers, but the dot interaction gives {widths['dot']} and cat "
+            f"{widths['cat']}; products of a vector with itself (--arch-interaction-itself) are not supported"
+        )
+    return {
+        "num_dense": bottom[0].shape[1],
+        "bag_lengths": [1] * len(tables),
+        "tables": [
+            {"name": f"C{k}", "rows": len(table), "dim": dim, "plugin": "exact"} for k, table in enumerate(tables, 1)
+        ],
+        "bottom": [len(w) for w in bottom[:-1]],
+        "top": [len(w) for w in top[:-1]],
+        "interaction": kinds[0],
+        "cross_layers": 1,
+        "cross_rank": 1,
+        "seed": 0,
+    }
+
+
+def _renamed(
+    state: Mapping[str, Tensor], names: tuple[tuple[re.Pattern[str], str], ...], why: str
+) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in state.items():
+        found = [pattern.sub(new, name) for pattern, new in names if pattern.fullmatch(name)]
+        if not found:
+            raise UserError(f"there is no place for the weights {name!r}. {why}")
+        renamed[found[0]] = tensor
+    return renamed

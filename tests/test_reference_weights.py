@@ -1,0 +1,98 @@
+"""Weights of the facebookresearch/dlrm script: its own numbers come out, its names come back, pickles do not run."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import launch_script
+
+from dlrm_xla import serving
+from dlrm_xla.batches import PackedBatch, unpack
+
+convert = launch_script("convert")
+
+
+def _saved(state, path):
+    # As dlrm_s_pytorch.py does with --save-model.
+    torch.save({"iter": 20, "epoch": 0, "nepochs": 1, "nbatches": 20, "state_dict": state, "train_loss": 0.1}, path)
+    return path
+
+
+def _layout(sizes=(5, 9), dim=4):
+    shapes = {f"emb_l.{k}.weight": (n, dim) for k, n in enumerate(sizes)}
+    shapes |= {"bot_l.0.weight": (6, 3), "bot_l.0.bias": (6,), "bot_l.2.weight": (dim, 6), "bot_l.2.bias": (dim,)}
+    width = dim + len(sizes) * (len(sizes) + 1) // 2
+    shapes |= {"top_l.0.weight": (7, width), "top_l.0.bias": (7,), "top_l.2.weight": (1, 7), "top_l.2.bias": (1,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_weights_of_the_scripts_own_run_give_its_probabilities(reference_steps, tmp_path):
+    state = {
+        k.removeprefix("initial."): torch.tensor(v) for k, v in reference_steps.items() if k.startswith("initial.")
+    }
+    out = tmp_path / "model.safetensors"
+    assert convert.main(["--from-reference", str(_saved(state, tmp_path / "ref.pt")), "--out", str(out)]) == 0
+    scorer, about = serving.load(out)
+    assert about["model"]["interaction"] == "dot"
+    ids = torch.tensor(reference_steps["ids"][0])  # [features, batch, bag]
+    packed = PackedBatch(torch.tensor(reference_steps["dense"][0]), torch.cat(list(ids), 1), torch.zeros(ids.shape[1]))
+    batch = unpack(packed, [ids.shape[2]] * len(ids))
+    with torch.no_grad():
+        found = torch.sigmoid(scorer.model(batch.dense_BI, batch.ids, batch.weights))
+    torch.testing.assert_close(found, torch.tensor(reference_steps["probabilities"][0]), atol=1e-6, rtol=1e-5)
+    back = tmp_path / "back.pt"
+    assert convert.main(["--to-reference", str(out), "--out", str(back)]) == 0
+    again = torch.load(back, weights_only=True)["state_dict"]
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_the_scripts_names_come_back_bit_for_bit(tmp_path):
+    state = _layout()
+    out, back = tmp_path / "m.safetensors", tmp_path / "back.pt"
+    # nn.DataParallel puts its own name before the others.
+    file = _saved({f"module.{n}": t for n, t in state.items()}, tmp_path / "ref.pt")
+    assert convert.main(["--from-reference", str(file), "--out", str(out)]) == 0
+    assert convert.main(["--to-reference", str(out), "--out", str(back)]) == 0
+    again = torch.load(back, weights_only=True)["state_dict"]
+    assert list(map(str, sorted(again))) == sorted(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+class _Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_cannot_be_converted_is_told_and_nothing_is_executed(tmp_path, capsys):
+    quotient = {n.replace("emb_l.0.weight", "emb_l.0.weight_q"): t for n, t in _layout().items()}
+    squares = {n: torch.randn(7, 4 + 6) if n == "top_l.0.weight" else t for n, t in _layout().items()}
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(_Malice(tmp_path / "executed"), protocol=2))
+    torch.save({"state_dict": _Malice(tmp_path / "executed")}, tmp_path / "evil2.pt")
+    for path, match in (
+        (_saved(quotient, tmp_path / "q.pt"), "no place for the weights 'emb_l.0.weight_q'"),
+        (_saved(squares, tmp_path / "s.pt"), "takes 10 numbers"),
+        (tmp_path / "evil.pt", "not a file of weights that is safe to load"),
+        (tmp_path / "evil2.pt", "not a file of weights that is safe to load"),
+        (tmp_path / "none.pt", "cannot read"),
+    ):
+        assert convert.main(["--from-reference", str(path), "--out", str(tmp_path / "m")]) == 2
+        assert match in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_compressed_model_has_no_place_in_the_script():
+    model = serving.build(
+        {
+            "num_dense": 3,
+            "tables": [{"name": "C1", "rows": 50, "dim": 4, "plugin": "hash_rows:rows=9"}],
+            **{"bottom": [4], "top": [4], "interaction": "dot", "cross_layers": 1, "cross_rank": 1, "seed": 0},
+        }
+    )
+    with pytest.raises(convert.UserError, match="exact tables"):
+        convert.reference_weights.to_reference(model.state_dict())
