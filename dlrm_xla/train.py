@@ -352,16 +352,17 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
                 if validate:
                     result = validated()
                     progress.show(loss=loss, validation_auc=result["auc"])
-                    doubt = doubts(result["auc"], result["log_loss"], base["log_loss"])
-                    if doubt and not doubted and outcome.steps >= min(per_epoch, 500):
-                        doubted = True
-                        reports.warn(f"step {outcome.steps}: {doubt}")
                     outcome.validations_without_gain += 1
                     # By log loss: AUC on some ten thousand rows changes places at the fourth digit.
                     if best := result["log_loss"] < outcome.best_log_loss:
                         outcome.best_log_loss, outcome.best_auc = result["log_loss"], result["auc"]
                         outcome.best_step, outcome.validations_without_gain = outcome.steps, 0
                     outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
+                    doubt = doubts(result["auc"], result["log_loss"], base["log_loss"])
+                    long_enough = outcome.steps >= min(per_epoch, 500) or outcome.stopped_early
+                    if doubt and long_enough and not doubted:
+                        doubted = True
+                        reports.warn(f"step {outcome.steps}: {doubt}")
                 if validate or due or stop:
                     saved(best)
                 window_start += time.perf_counter() - pause
