@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, TypeVar
+from typing import Concatenate, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -64,6 +64,18 @@ MakeBag = Callable[[Table], nn.Module]
 
 Plugin = Callable[Concatenate[Table, MakeBag, ...], nn.Module]
 """``def plugin(table, inner, *, option=default) -> nn.Module``; keyword-only arguments are its options."""
+
+
+@runtime_checkable
+class Refreshed(Protocol):
+    """A bag that rearranges its table in training, on the host: after each validation that another step follows.
+
+    The same from the same state, so that a run that goes on does not differ; shapes and types stay. On xla new values
+    go into ``tensor.data``: a copy into the old tensor would be one more graph.
+    """
+
+    def refresh(self) -> None:
+        """Rearranges the table."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, Source, unpack
 from dlrm_xla.config import Config
+from dlrm_xla.contract import Refreshed
 from dlrm_xla.dense_optim import dense_optimizer
 from dlrm_xla.devices import Device
 from dlrm_xla.errors import UserError
@@ -82,6 +83,7 @@ class Steps:
         ]
         self.dense = dense_optimizer(config.dense_optimizer, groups, device)
         self._trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self._refreshed = [m for m in model.bags.modules() if isinstance(m, Refreshed)]
         self._finite = FiniteWatch("parameter", len(self._trained), device)
         self.loss_and_count = self._zeros()
         self._train = device.compile(self._train_step, "train")
@@ -108,6 +110,11 @@ class Steps:
                 f"{int(packed.ids_BS[row, slot])}, but its table has the ids 0 to {int(self._num_rows_S[slot]) - 1}. "
                 "Prepare the data again, or give the table more rows."
             )
+
+    def refresh(self) -> None:
+        """Lets each plugin that has a ``refresh`` rearrange its table, on the host, between two steps."""
+        for bag in self._refreshed:
+            bag.refresh()
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes a checkpoint of everything that the next step depends on."""
@@ -330,6 +337,12 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
         outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
         while epoch < config.epochs and not outcome.stopped_early:
             for packed in source.batches("train", epoch, number):
+                if outcome.steps and (number or per_epoch) in validations:
+                    # After the validation and what it saved, so that the best checkpoint is what was validated, and
+                    # by the place in the data, so that a run that goes on does the same.
+                    pause = time.perf_counter()
+                    steps.refresh()
+                    window_start += time.perf_counter() - pause
                 steps.train(packed, outcome.steps)
                 number += 1
                 outcome.steps += 1

@@ -71,9 +71,10 @@ def _bits(path):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_run_that_goes_on_ends_in_the_same_bits(device, settings, tmp_path):
+@pytest.mark.parametrize("plugin", ["tensorly_tt:rank=2", "cce:rows=20"])  # the second rearranges its tables between
+def test_a_run_that_goes_on_ends_in_the_same_bits(plugin, device, settings, tmp_path):
     calm = tmp_path / "calm"
-    plugin = ["--plugin", "tensorly_tt:rank=2", "--device", device]
+    plugin = ["--plugin", plugin, "--device", device]
     assert launcher.main([*settings, *plugin, "--out", str(calm)]) == 0
     steps = len(list((calm / "checkpoints").glob("step-*")))
     assert steps == 20
@@ -87,6 +88,9 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(device, settings, tmp_path):
     for figure in ("auc", "log_loss", "steps", "samples", "best_step"):
         assert reports[0][figure] == reports[1][figure]
     assert reports[1]["one_graph_rule_broken"] == []
+    shifts = [t for n, t in load_file(calm / "checkpoints" / "last.safetensors").items() if n.endswith("shift")]
+    assert len(shifts) == (2 if "cce" in plugin[1] else 0)
+    assert all(shifts), "clusters were found anew"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
