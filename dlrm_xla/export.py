@@ -33,7 +33,11 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
             flexible = torch.export.export(scorer, example, dynamic_shapes=({0: size}, {0: size}))
             fixed = torch.export.export(scorer, example)
     except Exception as error:  # whatever torch makes of a stranger's plugin
-        raise UserError(f"torch.export cannot take this model: {error}. Look at the plugins.") from error
+        first = str(error).partition("\n")[0]
+        raise UserError(
+            f"torch.export cannot take this model: {first} Look at the plugins: a len() of a tensor or a Python number "
+            "made of a shape ties a program to one batch size."
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     torch.export.save(flexible, folder / TORCH)
     written = [TORCH]

@@ -175,6 +175,13 @@ class BagContract:
             ids, weights = (mode.from_tensor(t) for t in self.inputs())
             assert bag(ids, weights).shape == (len(ids), self.table.dim)
 
+    def test_exports_for_any_batch_size(self) -> None:
+        bag = self.make().eval().requires_grad_(False)
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(bag, self.inputs(), dynamic_shapes=({0: batch}, {0: batch})).module()
+        ids, weights = self.inputs(batch=7)
+        torch.testing.assert_close(program(ids, weights), bag(ids, weights), atol=self.tolerance, rtol=1e-4)
+
     def test_is_smaller_than_exact_or_refuses(self) -> None:
         if not registry.parse(self.plugin):
             assert bytes_kept(self.make()) == self.table.num_rows * self.table.dim * 4

@@ -77,7 +77,7 @@ def _inputs(batch):
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize(
     "spec",
-    ["exact", "tensorly_tt:rank=2", "hash_rows:rows=20+int8", "random_projection:dim=2", "hot_cold+hash_rows:rows=9"],
+    ["exact", "tensorly_tt:rank=12", "hash_rows:rows=20+int8", "random_projection:dim=2", "hot_cold+hash_rows:rows=9"],
 )
 def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
     from torch_xla.stablehlo import StableHLOGraphModule

@@ -53,7 +53,7 @@ class ProductBag(nn.Module):
 
     def _nearest(self, rows_ND: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(rows_ND, (0, self.parts * self.width - self.table.dim))
-        rows_NPW = padded.view(len(rows_ND), self.parts, self.width)
+        rows_NPW = padded.view(-1, self.parts, self.width)
         fixed_PKW = self.centroids.detach()
         # |w - c|^2 less |w|^2, which is the same for all centroids.
         distance_PNK = fixed_PKW.square().sum(2).unsqueeze(1) - 2 * torch.bmm(
@@ -62,7 +62,7 @@ class ProductBag(nn.Module):
         first_P = torch.arange(self.parts, dtype=torch.int32, device=rows_ND.device) << self.bits
         places_NP = distance_PNK.argmin(2).to(torch.int32).t() + first_P
         chosen = self.centroids.flatten(0, 1).index_select(0, places_NP.reshape(-1))
-        return chosen.view(len(rows_ND), -1)[:, : self.table.dim]
+        return chosen.view(-1, self.parts * self.width)[:, : self.table.dim]
 
     def bytes_to_serve(self) -> int:
         """Bytes of packed codes and of centroids."""

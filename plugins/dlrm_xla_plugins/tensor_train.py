@@ -77,7 +77,8 @@ class TensorTrainBag(nn.Module):
         i12_N = divide_ids(ids_N, n3)
         i2_N = i12_N % n2
         i1_N = divide_ids(i12_N, n2)
-        if self.rank**2 * d2 >= GROUPED:
+        # Groups have a size for each number of lookups; an exported program takes any number.
+        if self.rank**2 * d2 >= GROUPED and not torch.compiler.is_exporting():
             rows_ND = train_rows((self.core1, self.core2, self.core3), (i1_N, i2_N, i3_N))
         else:
             first = self.core1.index_select(0, i1_N)
