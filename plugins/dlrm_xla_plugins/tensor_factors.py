@@ -159,7 +159,7 @@ class TuckerBag(_DigitFactors):
             return out_B
         # The columns' factors one after the other: [B, s1, s2, s3] -> [B, s2, s3, d1] -> ... -> [B, d1, d2, d3].
         for factor in self.columns:
-            out_B = (out_B.unflatten(1, (factor.shape[1], -1)).transpose(1, 2) @ factor.t()).flatten(1)
+            out_B = (torch.unflatten(out_B, 1, (factor.shape[1], -1)).transpose(1, 2) @ factor.t()).flatten(1)
         return out_B[:, : self.table.dim]
 
     @classmethod
