@@ -421,6 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "out" in given or file:
                 raise UserError("--resume goes on in its own folder, with its own config.yaml: no --out, no --config")
             file = resumed / "config.yaml"
+            if not file.exists():
+                raise UserError(
+                    f"--resume {resumed} is no run folder: it has no config.yaml. Give the folder of a run."
+                )
         config, origins = resolve(given, file)
         registry.parse(config.plugin)
         if plan_only:

@@ -149,7 +149,7 @@ def test_what_changed_since_the_checkpoint_is_said_or_refused(settings, tmp_path
     assert launcher.main(["--resume", str(folder), "--out", "elsewhere"]) == 2
     assert "no --out" in capsys.readouterr().err
     assert launcher.main(["--resume", str(tmp_path / "nowhere")]) == 2
-    assert "cannot read the configuration" in capsys.readouterr().err
+    assert "is no run folder" in capsys.readouterr().err
 
 
 def test_a_thousandth_of_the_corruption_campaign(tmp_path):
