@@ -18,6 +18,7 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.presets import PRESETS
 from dlrm_xla.registry import type_name
 
+RowKernels = Literal["auto", "own", "fbgemm"]
 RowOptimizerName = Literal["sgd", "adagrad", "adagrad_element", "adam"]
 PLACEMENTS = ("matmul", "dense", "sparse")
 DenseOptimizerName = Literal["sgd", "adagrad", "adam"]
@@ -83,6 +84,9 @@ class Config:
     cross_rank: int = _setting(512, "rank of the dcn interaction", flag=False)
     row_precision: Literal["fp32", "bf16"] = _setting(
         "fp32", "type of the tables; bf16 rounds each update up or down at random", flag=False
+    )
+    row_kernels: RowKernels = _setting(
+        "auto", "who updates rows on cpu; auto: FBGEMM where it is installed, from 1M rows on", flag=False
     )
     row_files: str = _setting("", "folder for tables larger than memory, mapped from there; cpu only", flag=False)
     placement: dict[str, str] = _setting({}, "matmul, dense or sparse for single tables by name", flag=False)

@@ -16,7 +16,16 @@ from dlrm_xla.errors import UserError
 # Settings that may differ in a run that goes on, for they change neither the model nor a step; with another device or
 # placement, though, sums are added up in another order.
 _FREE = {"out", "data", "data_cache", "memory", "log_every", "save_every", "save_minutes", "keep_checkpoints"}
-_ROUNDING = {"device", "precision", "placement", "matmul_rows", "dense_rows", "micro_batches", "row_files"}
+_ROUNDING = {
+    "device",
+    "precision",
+    "placement",
+    "matmul_rows",
+    "dense_rows",
+    "micro_batches",
+    "row_files",
+    "row_kernels",
+}
 _COURSE = {
     *("epochs", "patience", "evals_per_epoch", "dense_lr", "plugin_lr", "row_lr", "row_weight_decay"),
     *("warmup_steps", "decay_start", "decay_steps", "decay_power"),

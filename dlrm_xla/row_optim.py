@@ -161,6 +161,9 @@ class StackOptimizer(nn.Module):
 
     def step(self, stack: RowStack, learning_rate: float, step: Tensor) -> None:
         """Updates the rows looked up since the last step."""
+        if stack.fbgemm is not None and len(stack.lookups) == 1 and (sums := stack.lookups[0].sums) is not None:
+            stack.fbgemm.update(sums, stack.lookups[0].bag_gradients()[0], learning_rate)
+            return
         ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
         access = stack.device.rows
         plain = stack.rows.dtype == torch.float32 and self.settings.weight_decay == 0

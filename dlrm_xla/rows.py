@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import Device, RowAccess
 from dlrm_xla.errors import UserError
+from dlrm_xla.fbgemm_rows import FbgemmRows
 
 Placement = Literal["matmul", "dense", "sparse"]
 # Initial values are drawn in parts, so that a table on disk never is in memory whole.
@@ -107,7 +108,7 @@ class Lookup(NamedTuple):
     """What one lookup of a step leaves for the optimizer.
 
     ``leaf`` is the leaf of autograd: the ``pooled`` bags [B, F, D], or, where a plugin's weights want gradients
-    themselves, the gathered rows [B, S, D].
+    themselves, the gathered rows [B, S, D]. ``sums`` is what the leaf was made of where FBGEMM looked up.
     """
 
     ids_BS: Tensor
@@ -116,6 +117,7 @@ class Lookup(NamedTuple):
     pooled: bool
     lengths: Sequence[int]
     names: Sequence[str]
+    sums: Tensor | None = None
 
     def gradients(self) -> Tensor:
         """Gradient of each slot's row, [B S, D]."""
@@ -184,6 +186,7 @@ class RowStack(nn.Module):
         lines, width = lines_of(self.num_rows, self.dim, device.rows, placement)
         self.pack = width // self.dim
         self.lookups: list[Lookup] = []
+        self.fbgemm: FbgemmRows | None = None
         ends = list(itertools.accumulate(t.num_rows for t in self.tables))
         self.bases = [0, *ends[:-1]]
         self.file_backed = any(t.file_backed for t in tables)
@@ -212,11 +215,16 @@ class RowStack(nn.Module):
         """
         if not (training and torch.is_grad_enabled()):
             return self.bags(ids_BS, weights_BS, lengths)
+        pooled = not weights_BS.requires_grad
+        sums = None
         with torch.no_grad():
-            pooled = not weights_BS.requires_grad
-            leaf = self.bags(ids_BS, weights_BS, lengths) if pooled else self.read(ids_BS.reshape(-1))
+            if self.fbgemm is not None and pooled and bool((weights_BS == 1).all()):
+                sums = self.fbgemm.look_up(ids_BS.reshape(-1), _bag_ends(len(ids_BS), tuple(lengths), ids_BS.device))
+                leaf = sums.detach()
+            else:
+                leaf = self.bags(ids_BS, weights_BS, lengths) if pooled else self.read(ids_BS.reshape(-1))
         leaf = leaf.view(len(ids_BS), -1, self.dim).requires_grad_()
-        self.lookups.append(Lookup(ids_BS, weights_BS.detach(), leaf, pooled, lengths, names))
+        self.lookups.append(Lookup(ids_BS, weights_BS.detach(), leaf, pooled, lengths, names, sums))
         return leaf if pooled else pool(leaf, weights_BS, lengths)
 
     def bags(self, ids_BS: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -262,6 +270,12 @@ def bag_starts(batch: int, lengths: tuple[int, ...], device: torch.device) -> Te
     within = [0, *itertools.accumulate(lengths)][:-1]
     starts = torch.arange(batch).unsqueeze(1) * sum(lengths) + torch.tensor(within)
     return starts.flatten().int().to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _bag_ends(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    slots = torch.tensor([batch * sum(lengths)], dtype=torch.int32, device=device)
+    return torch.cat([bag_starts(batch, lengths, device), slots])
 
 
 @functools.lru_cache(maxsize=64)

@@ -25,6 +25,7 @@ PACKAGES = (
     "torch_xla",
     "tensorly",
     "torchrec",
+    "fbgemm-gpu-cpu",
     "numpy",
     "pyarrow",
     "safetensors",

@@ -67,9 +67,8 @@ class Steps:
         self.device = device
         self.config = config
         self.bag_lengths = list(bag_lengths)
-        self.rows = RowStore(
-            model, device, row_settings(config), config.row_lr, placement_rule(config, device.rows), files
-        )
+        place = placement_rule(config, device.rows)
+        self.rows = RowStore(model, device, row_settings(config), config.row_lr, place, files, config.row_kernels)
         self._num_rows_S = torch.tensor(
             [t.num_rows for t, length in zip(model.tables, bag_lengths, strict=True) for _ in range(length)]
         )

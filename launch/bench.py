@@ -32,6 +32,7 @@ import torch
 from bench_arms import Case, Repetition
 from tqdm import tqdm
 
+from dlrm_xla import fbgemm_rows
 from dlrm_xla.config import PLACEMENTS
 from dlrm_xla.devices import Device, open_device, open_xla_first
 from dlrm_xla.errors import UserError
@@ -108,6 +109,8 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         # A step's placement is the device's choice; the flag is for single tables.
         placements = given.placement if case.what != "step" else ["sparse"]
         makers = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
+        if case.device.name == "cpu" and fbgemm_rows.installed():
+            makers[f"{OURS} own kernels"] = lambda: arms.ours(case, "sparse", "own")
         others = {
             "EmbeddingBag sparse": lambda: arms.torch_bag(case, sparse=True),
             "EmbeddingBag dense": lambda: arms.torch_bag(case, sparse=False),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.batches import PackedBatch
-from dlrm_xla.config import Config, resolve
+from dlrm_xla.config import Config, RowKernels, resolve
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device
 from dlrm_xla.model import DLRM, mlp
@@ -95,9 +95,9 @@ def _zipf(rng: np.random.Generator, rows: int, exponent: float, shape: tuple[int
     return np.minimum(ids, rows - 1).astype(np.int32)
 
 
-def _config(case: Case) -> Config:
-    optimizer = {"row_optimizer": case.optimizer, "batch_size": case.batch, "dim": case.dim}
-    return resolve({"preset": "kaggle", **optimizer}, None)[0]
+def _config(case: Case, kernels: RowKernels = "auto") -> Config:
+    given = {"row_optimizer": case.optimizer, "batch_size": case.batch, "dim": case.dim, "row_kernels": kernels}
+    return resolve({"preset": "kaggle", **given}, None)[0]
 
 
 def _packed(case: Case) -> list[PackedBatch]:
@@ -116,19 +116,20 @@ def _tables(case: Case) -> list[Table]:
     return [Table(f"t{k}", rows, case.dim) for k, rows in enumerate(case.table_rows)]
 
 
-def ours(case: Case, placement: Placement) -> Repetition:
+def ours(case: Case, placement: Placement, kernels: RowKernels = "auto") -> Repetition:
     """The row store of this project."""
     device = case.device
     if case.what == "step":
-        return _dlrm_step(case, [RowTable] * len(case.table_rows))
+        return _dlrm_step(case, [RowTable] * len(case.table_rows), kernels)
     model = nn.Module()
     model.bag = RowTable(_tables(case)[0])
-    store = RowStore(model, device, RowSettings(case.optimizer), LEARNING_RATE, lambda table: placement)  # type: ignore[arg-type]
+    settings = RowSettings(case.optimizer)  # type: ignore[arg-type]
+    store = RowStore(model, device, settings, LEARNING_RATE, lambda table: placement, kernels=kernels)
     return _one_table(case, device.place(model), model.bag, store.step)
 
 
-def _dlrm_step(case: Case, make_bags: Sequence[MakeBag]) -> Repetition:
-    config = _config(case)
+def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto") -> Repetition:
+    config = _config(case, kernels)
     model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)
     steps = Steps(model, [case.bag] * len(case.table_rows), case.device, config)
     batches = _packed(case)

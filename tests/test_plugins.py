@@ -317,9 +317,9 @@ def test_rows_are_those_of_tensorly_torchs_factorized_embedding(factorization, s
             for ours, factor in zip((bag.factor1, bag.factor2, bag.factor3, *bag.columns), factors, strict=True):
                 ours.copy_(factor)
             if factorization == "cp":
-                bag.factor1.mul_(theirs["weight.weights"].detach())
+                bag.factor1.mul_(theirs["weight.weights"].detach() / bag.scale)
             else:
-                bag.core.copy_(theirs["weight.core"].detach().reshape(bag.core.shape))
+                bag.core.copy_(theirs["weight.core"].detach().reshape(bag.core.shape) / bag.scale)
     expected = twin.weight.to_matrix().detach()
     torch.testing.assert_close(_rows(bag, 64), expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dlrm_xla import row_store
+from dlrm_xla import fbgemm_rows, row_store
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
@@ -80,16 +80,16 @@ class Twin:
 
 
 class Tables(nn.Module):
-    def __init__(self):
+    def __init__(self, dim=DIM):
         super().__init__()
         torch.manual_seed(0)
-        self.bags = BagCollection([RowTable(Table(f"t{k}", r, DIM)) for k, r in enumerate(ROWS)])
+        self.bags = BagCollection([RowTable(Table(f"t{k}", r, dim)) for k, r in enumerate(ROWS)])
 
     def forward(self, ids, weights):
         return self.bags(ids, weights)
 
 
-def _batch(rng, seed_rows=5):
+def _batch(rng, seed_rows=5, dim=DIM):
     # heavy duplication, both ends of every table, and padded slots
     ids = [
         (rng.integers(0, seed_rows, (BATCH, n)) ** 2 % r).astype(np.int32) for r, n in zip(ROWS, LENGTHS, strict=True)
@@ -98,7 +98,7 @@ def _batch(rng, seed_rows=5):
         i[0, 0], i[1, 0] = r - 1, 0
     weights = [rng.uniform(0.2, 1, i.shape).astype(np.float32) for i in ids]
     weights[0][:, -1] = 0
-    target = rng.normal(size=(BATCH, len(ROWS), DIM)).astype(np.float32) * 0.1
+    target = rng.normal(size=(BATCH, len(ROWS), dim)).astype(np.float32) * 0.1
     return [torch.from_numpy(i) for i in ids], [torch.from_numpy(w) for w in weights], torch.from_numpy(target)
 
 
@@ -345,5 +345,27 @@ def test_two_tables_of_one_description_keep_rows_of_their_own(tmp_path):
     assert sorted(store.names) == ["left.weight", "right.weight"]
     assert all(torch.equal(rows, expected[name]) for name, rows in store.tables())
     other = RowStore(model(), open_device("cpu"), RowSettings("sgd"), 1.0)
-    other.load_tables(expected)
+    other.load_tables(expected.__getitem__)
     assert all(torch.equal(rows, expected[name]) for name, rows in other.tables())
+
+
+@pytest.mark.skipif(not fbgemm_rows.installed(), reason="fbgemm is not installed (extra: distributed)")
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
+    device, rng = open_device("cpu"), np.random.default_rng(0)
+    stores, steps, models = [], [], []
+    for kernels in ("own", "fbgemm"):
+        models.append(Tables(dim=8))
+        stores.append(RowStore(models[-1], device, RowSettings(name), 0.01, kernels=kernels))
+        steps.append(_stepper(models[-1], stores[-1], device))
+    assert stores[1].stacks[0].fbgemm is not None
+    addresses = [a.data_ptr() for a in stores[1].arrays()]
+    for k in range(50):
+        ids, weights, target = _batch(rng, dim=8)
+        # Weighted bags take the other way, and both ways take turns.
+        weights = weights if k % 5 == 0 else [torch.ones_like(w) for w in weights]
+        for step in steps:
+            step((ids, weights, target))
+    assert [a.data_ptr() for a in stores[1].arrays()] == addresses
+    for ours, theirs in zip(stores[0].arrays(), stores[1].arrays(), strict=True):
+        np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-6, rtol=1e-5)

@@ -22,7 +22,9 @@ def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32, block: bool = F
     With ``block`` the columns are digits too, j -> (j1, j2, j3), and D[j] = U[j1] * V[j2] * W[j3].
 
     Keeps rank (n1 + n2 + n3 + dim) numbers, dim replaced by d1 + d2 + d3 with ``block``. Ends a composition: it asks
-    ``inner`` for nothing. A, B and C start with variance 1, D normal with start_std^2 / rank.
+    ``inner`` for nothing. A, B and C start with variance 1, D normal with start_std^2; the product meets D divided by
+    sqrt(rank), so that a step of Adam, which moves each number of D by its rate, moves a row no more than rank^(1/2)
+    times as far as at rank 1. Undivided it would be rank times, and larger sizes would learn worse than smaller ones.
 
     Kolda & Bader 2009, "Tensor Decompositions and Applications", section 3; Carroll & Chang 1970; Harshman 1970.
     """
@@ -42,7 +44,8 @@ def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6, block: bool 
 
     Keeps rank (n1 + n2 + n3) + rank^3 dim numbers; without ``block`` the column's own factor is part of the core, which
     it would only widen again. Ends a composition: it asks ``inner`` for nothing. All start with the variance that
-    gives rows the exact table's.
+    gives rows the exact table's. The factors' product, of rank^3 numbers, meets G divided by rank^(3/2): see
+    ``tensorly_cp``.
 
     Kolda & Bader 2009, "Tensor Decompositions and Applications", section 4; Tucker 1966.
     """
@@ -102,7 +105,8 @@ class CPBag(_DigitFactors):
 
     def __init__(self, table: Table, rank: int, block: bool = False) -> None:
         super().__init__(table, rank)
-        std = table.start_std / math.sqrt(rank)
+        self.scale = rank**-0.5
+        std = table.start_std
         if block:
             self.columns = nn.ParameterList(unit_factor(d, rank) for d in column_radices(table.dim))
             with torch.no_grad():
@@ -113,10 +117,10 @@ class CPBag(_DigitFactors):
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         first, second, third = self.digits(ids_BL)
         # Summed before it is widened, which is the same by linearity.
-        return _pooled(first * second * third, weights_BL) @ self.column_factor().t()
+        return _pooled(first * second * third * self.scale, weights_BL) @ self.column_factor().t()
 
     def column_factor(self) -> Tensor:
-        """D [dim, rank]."""
+        """D [dim, rank], which meets the factors' product times ``scale``."""
         columns: Tensor = self.columns[0]
         for factor in self.columns[1:]:
             columns = (columns.unsqueeze(1) * factor).flatten(0, 1)
@@ -135,7 +139,7 @@ class CPBag(_DigitFactors):
             for k, (target, factor) in enumerate(
                 zip((bag.factor1, bag.factor2, bag.factor3, bag.columns[0]), found.factors, strict=True)
             ):
-                target.copy_(torch.from_numpy(factor * found.weights if k == 3 else factor))
+                target.copy_(torch.from_numpy(factor * found.weights / bag.scale if k == 3 else factor))
         return bag
 
 
@@ -147,14 +151,15 @@ class TuckerBag(_DigitFactors):
         radices = column_radices(table.dim) if block else ()
         ranks = [min(rank, d) for d in radices]
         self.columns = nn.ParameterList(unit_factor(d, s) for d, s in zip(radices, ranks, strict=True))
-        std = table.start_std / math.sqrt(rank**3 * math.prod(ranks))
-        self.core = nn.Parameter(torch.empty(rank**3, math.prod(ranks) if block else table.dim).normal_(std=std))
+        self.scale = (rank**3 * math.prod(ranks)) ** -0.5
+        width = math.prod(ranks) if block else table.dim
+        self.core = nn.Parameter(torch.empty(rank**3, width).normal_(std=table.start_std))
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         first, second, third = self.digits(ids_BL)
         outer_N = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
         outer_N = (outer_N.unsqueeze(2) * third.unsqueeze(1)).flatten(1)
-        out_B = _pooled(outer_N, weights_BL) @ self.core
+        out_B = _pooled(outer_N * self.scale, weights_BL) @ self.core
         if not self.columns:
             return out_B
         # The columns' factors one after the other: [B, s1, s2, s3] -> [B, s2, s3, d1] -> ... -> [B, d1, d2, d3].
@@ -175,7 +180,7 @@ class TuckerBag(_DigitFactors):
         full = np.zeros((rank, rank, rank, table.dim))
         full[: ranks[0], : ranks[1], : ranks[2]] = core
         with torch.no_grad():
-            bag.core.copy_(torch.from_numpy(full).reshape(bag.core.shape))
+            bag.core.copy_(torch.from_numpy(full).reshape(bag.core.shape) / bag.scale)
             for target, factor in zip((bag.factor1, bag.factor2, bag.factor3), factors, strict=True):
                 target.zero_()
                 target[:, : factor.shape[1]] = torch.from_numpy(factor)
