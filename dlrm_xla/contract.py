@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Concatenate, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dlrm_xla.trained_rows import TrainedRows
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ class Refreshed(Protocol):
 
     def refresh(self) -> None:
         """Rearranges the table."""
+
+
+@runtime_checkable
+class FromTable(Protocol):
+    """A bag that can take over a trained table: what ``launch/compress.py`` asks of a plugin's bag.
+
+    A bag around another asks that one in turn, so that compositions work.
+    """
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """Sets parameters and buffers so that lookups come as near to the given rows as this bag can.
+
+        The rows may be larger than memory, so they are read in blocks. Their weights say which errors matter.
+        """
 
 
 @dataclass(frozen=True)

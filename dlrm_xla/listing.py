@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dlrm_xla.contract import Plugin, Size, Table
+from dlrm_xla.contract import FromTable, Plugin, Size, Table
 from dlrm_xla.errors import UserError
 from dlrm_xla.plan import bytes_kept
 from dlrm_xla.registry import installed, load, options_of, package, type_name
@@ -45,16 +45,18 @@ def describe() -> list[dict[str, str]]:
         except Exception as error:  # whatever a stranger's plugin raises: its line says so, the list goes on
             rows.append(row | {"traits": f"cannot be built for a table of {PROBE.num_rows:,} rows: {error}"})
             continue
-        rows.append(row | {"traits": f"runs on {found.devices}; composes {found.composable}; at most {found.floor}"})
+        told = f"runs on {found.devices}; composes {found.composable}; at most {found.floor}"
+        rows.append(row | {"traits": f"{told}; from trained tables: {'yes' if found.post_training else 'no'}"})
     return rows
 
 
 class Traits(NamedTuple):
-    """``devices``, ``composable`` and ``floor`` in words, for one plugin."""
+    """``devices``, ``composable`` and ``floor`` in words, for one plugin; ``post_training``: it takes over tables."""
 
     devices: str
     composable: str
     floor: str
+    post_training: bool
 
 
 class _Stranger(nn.Module):
@@ -70,7 +72,7 @@ class _Stranger(nn.Module):
 
 def traits(plugin: Plugin) -> Traits:
     """Devices, composition and floor of a plugin, at a table of 1,000,000 x 16."""
-    return Traits(_devices(plugin), _composable(plugin), _floor(plugin))
+    return Traits(_devices(plugin), _composable(plugin), _floor(plugin), _post_training(plugin))
 
 
 def _built(plugin: Plugin, options: Mapping[str, Any], inner: Any = RowTable) -> nn.Module:
@@ -103,6 +105,10 @@ def _composable(plugin: Plugin) -> str:
     else:
         return "anywhere" if asked else "last, for it asks for no rows"
     return "last, for it needs rows" if asked else "no"
+
+
+def _post_training(plugin: Plugin) -> bool:
+    return isinstance(_built(plugin, {}), FromTable)
 
 
 def _floor(plugin: Plugin) -> str:

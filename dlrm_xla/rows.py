@@ -21,6 +21,7 @@ from dlrm_xla.contract import Table
 from dlrm_xla.devices import Device, RowAccess
 from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
+from dlrm_xla.trained_rows import TrainedRows
 
 Placement = Literal["matmul", "dense", "sparse"]
 # Initial values are drawn in parts, so that a table on disk never is in memory whole.
@@ -59,6 +60,13 @@ class RowTable(nn.Module):
             return stack.look_up(ids_BL + base, weights_BL, [ids_BL.shape[1]], [self.table.name], self.training)[:, 0]
         assert self.weight is not None
         return pool(self.weight.index_select(0, ids_BL.reshape(-1)), weights_BL, [ids_BL.shape[1]])[:, 0]
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """Takes over the rows as they are."""
+        assert self.weight is not None, "rows that a stack has taken are not set one by one"
+        with torch.no_grad():
+            for start, block in rows.blocks():
+                self.weight[start : start + len(block)] = block
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.table.num_rows} x {self.table.dim}"

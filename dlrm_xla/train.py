@@ -389,7 +389,7 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
             if window_steps:
                 loss_so_far()
             result = validated()
-            if not outcome.best_step:
+            if not math.isfinite(outcome.best_log_loss):
                 outcome.best_auc = result["auc"]
     outcome.step_ms_median = statistics.median(step_ms) if step_ms else math.nan
     return outcome

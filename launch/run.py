@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,19 +61,11 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-def flags() -> argparse.ArgumentParser:
-    """One flag per setting that has one, plus --config, --plan and --list-plugins."""
-    presets = "\n".join(f"  {name:<10} {preset.about}" for name, preset in PRESETS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"presets:\n{presets}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """A flag for each of the named settings."""
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        if not field.metadata["flag"]:
+        if field.name not in names:
             continue
         kind = hints[field.name]
         literal = typing.get_origin(kind) is typing.Literal
@@ -87,6 +79,19 @@ def flags() -> argparse.ArgumentParser:
             help=field.metadata["help"].replace("%", "%%")
             + (f" (default {field.default})" if field.default not in ("", dataclasses.MISSING) else ""),
         )
+
+
+def flags() -> argparse.ArgumentParser:
+    """One flag per setting that has one, plus --config, --plan and --list-plugins."""
+    presets = "\n".join(f"  {name:<10} {preset.about}" for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets:\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_settings(parser, {f.name for f in dataclasses.fields(Config) if f.metadata["flag"]})
     parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
     parser.add_argument(
         "--resume", type=Path, default=None, metavar="RUN", help="run folder to go on with; its config.yaml holds"
@@ -269,7 +274,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
             folder.checkpoints.add(outcome.steps, partial(steps.save, about=about), best)
 
         outcome = train(steps, loader, watch, Reports(folder.log, noted, save), outcome)
-        if outcome.best_step:
+        if math.isfinite(outcome.best_log_loss):
             checkpoint.load_model(folder.checkpoints.named("best"), steps.model, steps.rows)
         labels = loader.labels("test").numpy()
         result = click_metrics(labels, predict(steps, loader, "test", watch))

@@ -8,7 +8,6 @@ import torch
 from conftest import needs_xla
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
-from dlrm_xla_plugins.sparse import merge
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
 
@@ -18,6 +17,7 @@ from dlrm_xla.devices import open_device
 from dlrm_xla.plan import bytes_kept
 from dlrm_xla.rows import RowTable
 from dlrm_xla.testing import BagContract
+from dlrm_xla.trained_rows import TrainedRows
 
 COMPOSITIONS = [
     "exact",
@@ -74,7 +74,8 @@ def test_tensor_train_from_a_table_by_tensorly(rows, dim, backend):
     errors = []
     for rank in (1, 4, 64):
         with tl.backend_context(backend):  # whatever the rest of a program has chosen
-            bag = TensorTrainBag.from_table(table, weight, rank)
+            bag = TensorTrainBag(table, rank)
+            bag.set_table(TrainedRows.of(weight))
         errors.append((bag(ids, torch.ones(rows, 1)) - weight).norm().item() / weight.norm().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5, "at full rank the train is the table"
@@ -256,9 +257,10 @@ def test_product_codes_are_those_of_the_nearest_centroids(dim, width):
 
 def test_like_rows_are_merged():
     weight = torch.randn(20, 4).repeat(10, 1) + 0.001 * torch.randn(200, 4)
-    places, merged = merge(weight, 20)
-    assert (merged[places.long()] - weight).norm() < 0.3 * weight.norm()
-    assert torch.equal(places[:20], places[20:40]), "ids of like rows share one"
+    bag = _made("dedup:rows=21", Table("t", 200, 4))
+    bag.set_table(TrainedRows.of(weight))
+    assert (_rows(bag, 200) - weight).norm() < 0.3 * weight.norm()
+    assert torch.equal(bag.map[1:20], bag.map[21:40]), "ids of like rows share one"
 
 
 def test_a_row_of_zeros_is_stored_as_zeros():
@@ -278,7 +280,9 @@ def test_a_table_of_low_rank_is_found_again_by_tensorly(kind):
     table = Table("t", 4 * 5 * 3, 6)
     torch.manual_seed(3)
     weight = _rows(kind(table, 2), table.num_rows)
-    found = _rows(kind.from_table(table, weight, 3), table.num_rows)
+    bag = kind(table, 3)
+    bag.set_table(TrainedRows.of(weight))
+    found = _rows(bag, table.num_rows)
     # Alternating least squares stops where it hardly gains.
     assert (found - weight).norm() < 0.05 * weight.norm()
 

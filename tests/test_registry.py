@@ -120,10 +120,19 @@ def test_bytes_count_buffers_that_are_kept():
 
 def test_the_list_says_where_plugins_run_what_they_compose_with_and_their_floor():
     rows = {row["name"]: row["traits"] for row in listing.describe()}
-    assert rows["hash_rows"] == "runs on cpu, cuda, xla; composes anywhere; at most 500,000x by rows"
-    assert rows["low_rank"] == "runs on cpu, cuda, xla; composes anywhere; at most 16x by rank"
+    assert (
+        rows["hash_rows"]
+        == "runs on cpu, cuda, xla; composes anywhere; at most 500,000x by rows; from trained tables: yes"
+    )
+    assert (
+        rows["low_rank"] == "runs on cpu, cuda, xla; composes anywhere; at most 16x by rank; from trained tables: yes"
+    )
     assert rows["tensorly_tt"].startswith("runs on cpu, cuda, xla; composes last, for it asks for no rows; at most ")
-    assert rows["int4"] == "runs on cpu, cuda, xla; composes last, for it needs rows; at most 6.4x, not sized"
+    assert (
+        rows["int4"]
+        == "runs on cpu, cuda, xla; composes last, for it needs rows; at most 6.4x, not sized; from trained tables: yes"
+    )
+    assert rows["robe"].endswith("from trained tables: no")
 
 
 def test_a_plugin_whose_shapes_depend_on_the_data_does_not_run_on_xla():

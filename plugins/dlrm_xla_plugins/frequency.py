@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.compression import set_table
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.rows import RowTable
+from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.hashing import MappedIds
 
 
@@ -25,7 +27,7 @@ def top_rows(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
     if table.num_rows <= rows:
         return inner(table)
     shorter = replace(table, name=f"{table.name}.top", num_rows=rows, std=table.start_std)
-    return MappedIds(inner(shorter), lambda ids: ids.clamp(max=rows - 1))
+    return MappedIds(inner(shorter), rows, lambda ids: ids.clamp(max=rows - 1))
 
 
 @sized("hot", lambda table: range(1, table.num_rows))
@@ -64,3 +66,13 @@ class HotColdBag(nn.Module):
         hot_BD: Tensor = self.hot_bag(torch.where(is_hot_BL, ids_BL, 0), weights_BL * is_hot_BL)
         cold_BD: Tensor = self.cold_bag(torch.where(is_hot_BL, 0, ids_BL - self.hot + 1), weights_BL * ~is_hot_BL)
         return hot_BD + cold_BD
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """Hot rows as they are, the others as whatever is behind takes them over."""
+        set_table(self.hot_bag, rows.part(0, self.hot))
+        # The cold bag's row 0 is never looked up: the last hot row stands in, with no weight where lookups count.
+        cold = rows.part(self.hot - 1, rows.num_rows)
+        if cold.lookups_R is not None:
+            cold.lookups_R = cold.lookups_R.clone()
+            cold.lookups_R[0] = 0
+        set_table(self.cold_bag, cold)

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.compression import set_table
 from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
 
 
@@ -39,17 +41,22 @@ def hash_rows(
         found = hashes.bucket(ids - 1, buckets) if method == "multiply_shift" else (ids - 1) % buckets
         return torch.where(ids == 0, ids, 1 + found)
 
-    return MappedIds(inner(shorter), hashed, hashes.sign if method == "signed" else None)
+    return MappedIds(inner(shorter), rows, hashed, hashes.sign if method == "signed" else None)
 
 
 class MappedIds(nn.Module):
     """A bag over a table whose ids are computed from the feature's ids, and a factor of each row too."""
 
     def __init__(
-        self, bag: nn.Module, mapping: Callable[[Tensor], Tensor], factor: Callable[[Tensor], Tensor] | None = None
+        self,
+        bag: nn.Module,
+        num_rows: int,
+        mapping: Callable[[Tensor], Tensor],
+        factor: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.bag = bag
+        self.num_rows = num_rows
         self.mapping = mapping
         self.factor = factor
 
@@ -58,6 +65,18 @@ class MappedIds(nn.Module):
             weights_BL = weights_BL * self.factor(ids_BL)
         out_BD: Tensor = self.bag(self.mapping(ids_BL), weights_BL)
         return out_BD
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """A shared row is the mean of the rows that it stands for, by lookups: of all, the least squared error."""
+        sums, counts = torch.zeros(self.num_rows, rows.dim), torch.zeros(self.num_rows)
+        for start, block in rows.blocks():
+            ids = torch.arange(start, start + len(block), dtype=torch.int32)
+            places, weights = self.mapping(ids).long(), rows.weights(start, len(block))
+            counts.index_add_(0, places, weights)
+            signed = weights if self.factor is None else weights * self.factor(ids)
+            sums.index_add_(0, places, block * signed.unsqueeze(1))
+        means = sums / torch.where(counts == 0, 1, counts).unsqueeze(1)
+        set_table(self.bag, TrainedRows.of(means, None if rows.lookups_R is None else counts))
 
 
 @sized("rows", lambda table: range(4, table.num_rows))
@@ -101,6 +120,7 @@ class SketchBag(nn.Module):
     def __init__(self, bag: nn.Module, rows: int, *, hot: int, num_hashes: int, signed: bool) -> None:
         super().__init__()
         self.bag = bag
+        self.rows = rows
         self.hot = hot
         self.signed = signed
         # Signed sketches keep their hashes in parts of their own, so that no two terms of one id are one row.
@@ -112,6 +132,11 @@ class SketchBag(nn.Module):
         self.num_hashes = num_hashes
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        out_BD: Tensor = self.bag(*self._slots(ids_BL, weights_BL))
+        return out_BD
+
+    def _slots(self, ids_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of all rows that a bag sums, and their factors: [B, L k] each."""
         places, weights = [], []
         cold_BL = (ids_BL >= self.hot).to(weights_BL.dtype)
         for k in range(self.num_hashes):
@@ -126,8 +151,41 @@ class SketchBag(nn.Module):
                     weight_BL = weight_BL + weights_BL * (1 - cold_BL)
             places.append(hashed_BL)
             weights.append(weight_BL)
-        out_BD: Tensor = self.bag(torch.cat(places, 1), torch.cat(weights, 1))
-        return out_BD
+        return torch.cat(places, 1), torch.cat(weights, 1)
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """Shared rows of least squares, by conjugate gradients on H^T diag(w) H Z = H^T diag(w) W.
+
+        H [num_rows, rows kept] has the factors of each id and is computed again at each reading, so memory is that of
+        Z. Stops at a thousandth of the first residual, or after 50 iterations.
+        """
+
+        def adjoint(apply: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+            total = torch.zeros(self.rows, rows.dim)
+            for start, block in rows.blocks():
+                ids = torch.arange(start, start + len(block), dtype=torch.int32).unsqueeze(1)
+                places, factors = self._slots(ids, torch.ones(len(block), 1))
+                found = apply(start, block, places.long(), factors) * rows.weights(start, len(block)).unsqueeze(1)
+                for k in range(places.shape[1]):
+                    total.index_add_(0, places[:, k].long(), found * factors[:, k : k + 1])
+            return total
+
+        def product(given: Tensor) -> Tensor:
+            return adjoint(lambda start, block, at, by: torch.einsum("nkd,nk->nd", given[at], by))
+
+        solution = torch.zeros(self.rows, rows.dim)
+        residual = adjoint(lambda start, block, at, by: block)
+        direction, first = residual, residual.square().sum()
+        squared = first
+        for _ in range(50):
+            if squared <= 1e-6 * first:
+                break
+            image = product(direction)
+            step = squared / (direction * image).sum()
+            solution, residual = solution + step * direction, residual - step * image
+            before, squared = squared, residual.square().sum()
+            direction = residual + squared / before * direction
+        set_table(self.bag, TrainedRows.of(solution))
 
 
 @sized("rows", lambda table: range(1, table.num_rows))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.compression import set_table
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.rows import RowTable
+from dlrm_xla.trained_rows import TrainedRows
+from dlrm_xla_plugins.clusters import cluster
+
+_SAMPLE = 2**17
 
 
 @sized("bits", lambda table: range(1, 9))
@@ -63,6 +68,17 @@ class ProductBag(nn.Module):
         places_NP = distance_PNK.argmin(2).to(torch.int32).t() + first_P
         chosen = self.centroids.flatten(0, 1).index_select(0, places_NP.reshape(-1))
         return chosen.view(-1, self.parts * self.width)[:, : self.table.dim]
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """Centroids by k-means of each part, on a sample where there are many rows; rows as they are."""
+        sample_ND, weights_N = rows.sample(_SAMPLE)
+        padded = torch.nn.functional.pad(sample_ND, (0, self.parts * self.width - self.table.dim))
+        with torch.no_grad():
+            for part, centroids_KW in zip(torch.split(padded, self.width, 1), self.centroids, strict=True):
+                found = cluster(part.contiguous(), weights_N, len(centroids_KW))
+                centroids_KW[: len(found)] = found
+                centroids_KW[len(found) :] = found[0]
+        set_table(self.bag, rows)
 
     def bytes_to_serve(self) -> int:
         """Bytes of packed codes and of centroids."""

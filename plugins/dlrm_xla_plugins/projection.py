@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.compression import set_table
 from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.trained_rows import TrainedRows
+from dlrm_xla_plugins.directions import top_directions
 
 
 @sized("dim", lambda table: range(1, table.dim))
@@ -69,14 +73,18 @@ def srht(table: Table, inner: MakeBag, *, dim: int = 4) -> nn.Module:
 class ProjectedBag(nn.Module):
     """out_BD = bag(ids, weights) P: the sum of a bag is projected once, which is the same by linearity.
 
-    P [d, D] is trained where it is a parameter, and fixed where it is not.
+    P [d, D] is trained where it is a parameter, and fixed where it is not. ``directions`` finds a trained one for a
+    table that is taken over; the best there is, unless given.
     """
 
     matrix: Tensor
 
-    def __init__(self, bag: nn.Module, matrix: Tensor) -> None:
+    def __init__(
+        self, bag: nn.Module, matrix: Tensor, directions: Callable[[TrainedRows], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.bag = bag
+        self.directions = directions or (lambda rows: top_directions(rows, len(matrix)))
         if isinstance(matrix, nn.Parameter):
             self.matrix = matrix
         else:
@@ -85,3 +93,14 @@ class ProjectedBag(nn.Module):
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         out_BD: Tensor = self.bag(ids_BL, weights_BL) @ self.matrix
         return out_BD
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """A trained P becomes what ``directions`` finds; narrow rows are those of least squares, W P^+.
+
+        Rows are solved one by one, so with a fixed P their weights change nothing.
+        """
+        if isinstance(self.matrix, nn.Parameter):
+            with torch.no_grad():
+                self.matrix.copy_(self.directions(rows))
+        back = torch.linalg.pinv(self.matrix.detach().double()).float()
+        set_table(self.bag, rows.map(lambda block: block @ back, len(self.matrix)))

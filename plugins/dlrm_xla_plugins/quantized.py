@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.compression import set_table
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.rows import RowTable
+from dlrm_xla.trained_rows import TrainedRows
 
 
 def int8(table: Table, inner: MakeBag) -> nn.Module:
@@ -60,6 +62,15 @@ class QuantizedBag(nn.Module):
         rounded_ND = rows_ND + (dequantize(codes_ND, scales_N1) - rows_ND).detach()
         return (rounded_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
 
+    def set_table(self, rows: TrainedRows) -> None:
+        """Rows at the levels of the best scale each; read again, such a row has that scale and these codes."""
+
+        def at_levels(block: Tensor) -> Tensor:
+            scales_N1 = search_scales(block, self.bits)
+            return dequantize(quantize(block, self.bits, scales_N1)[0], scales_N1)
+
+        set_table(self.bag, rows.map(at_levels, rows.dim))
+
     def bytes_to_serve(self) -> int:
         """Bytes of packed codes and scales."""
         return self.table.num_rows * (-(-self.table.dim * self.bits // 8) + 2)
@@ -68,10 +79,32 @@ class QuantizedBag(nn.Module):
         return f"{self.table.name}, {self.bits} bits"
 
 
-def quantize(rows_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Nearest of 2^bits levels: codes [N, D], whole numbers as float32 from -2^(bits-1), and float16 scales [N, 1]."""
+def search_scales(rows_ND: Tensor, bits: int, steps: int = 24) -> Tensor:
+    """float16 scales [N, 1] of least squared error among ``steps`` from the largest number's down to a third of it.
+
+    Clipping one large number may cost less than coarse levels for all others: the search of Guan et al. 2019,
+    section 3 ("greedy search"), over a fixed grid.
+    """
     half = 2 ** (bits - 1)
-    scales_N1 = (rows_ND.abs().amax(1, keepdim=True) / (half - 0.5)).half()
+    whole_N1 = rows_ND.abs().amax(1, keepdim=True) / (half - 0.5)
+    best_N1: Tensor = whole_N1.half()
+    least_N1 = torch.full_like(whole_N1, torch.inf)
+    for step in range(steps):
+        scales_N1 = (whole_N1 * (1 - step * 2 / 3 / steps)).half()
+        off = (dequantize(quantize(rows_ND, bits, scales_N1)[0], scales_N1) - rows_ND).square().sum(1, keepdim=True)
+        better = off < least_N1
+        best_N1, least_N1 = torch.where(better, scales_N1, best_N1), torch.where(better, off, least_N1)
+    return best_N1
+
+
+def quantize(rows_ND: Tensor, bits: int, scales_N1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nearest of 2^bits levels: codes [N, D], whole numbers as float32 from -2^(bits-1), and float16 scales [N, 1].
+
+    Scales are those that the largest number of each row asks for, unless given.
+    """
+    half = 2 ** (bits - 1)
+    if scales_N1 is None:
+        scales_N1 = (rows_ND.abs().amax(1, keepdim=True) / (half - 0.5)).half()
     # A row too small for float16 has the scale 0, and is 0.
     steps_N1 = torch.where(scales_N1 == 0, 1, scales_N1.float())
     return (rows_ND / steps_N1).floor().clamp(-half, half - 1), scales_N1

@@ -8,9 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.compression import set_table
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.rows import RowTable
+from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
+from dlrm_xla_plugins.clusters import cluster, nearest
+
+# Rows that centres are found on; all rows then take the nearest one.
+_SAMPLE = 2**17
 
 
 @sized("kept", lambda table: range(1, table.dim))
@@ -51,11 +57,17 @@ class PrunedBag(nn.Module):
         # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
         weights_N1 = weights_BL.reshape(-1, 1)
         rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))
-        size_ND = rows_ND.detach().abs()
-        least_N1 = size_ND.topk(self.kept, 1).values[:, -1:]
-        pruned_ND = torch.where(size_ND >= least_N1, rows_ND.detach(), 0)
-        kept_ND = rows_ND + (pruned_ND - rows_ND).detach()
+        kept_ND = rows_ND + (self._pruned(rows_ND.detach()) - rows_ND).detach()
         return (kept_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
+
+    def _pruned(self, rows_ND: Tensor) -> Tensor:
+        size_ND = rows_ND.abs()
+        least_N1 = size_ND.topk(self.kept, 1).values[:, -1:]
+        return torch.where(size_ND >= least_N1, rows_ND, 0)
+
+    def set_table(self, rows: TrainedRows) -> None:
+        """Each row's largest numbers: of all that keep as many, the nearest."""
+        set_table(self.bag, rows.map(self._pruned, rows.dim))
 
     def bytes_to_serve(self) -> int:
         """Bytes of the numbers kept and of a bit for each place of a row."""
@@ -72,7 +84,7 @@ def dedup(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
         e_i = W[map[i]]
 
     Keeps rows x dim numbers and two bytes an id for the map. Without a table to merge the map starts as a hash, the
-    ``rows`` - 1 most frequent ids apart; ``merge`` makes it of a trained table's rows that are alike. A table with no
+    ``rows`` - 1 most frequent ids apart; taken over from a trained table it merges rows that are alike. A table with no
     more rows stays as it is.
 
     Zhang et al. 2023, "Experimental Analysis of Large-scale Learnable Vector Storage Compression" (VLDB 2024), compare
@@ -95,6 +107,7 @@ class MergedBag(nn.Module):
         super().__init__()
         self.bag = bag
         self.table = table
+        self.rows = rows
         ids = torch.arange(table.num_rows, dtype=torch.int32)
         hashed = torch.where(ids < rows - 1, ids, 1 + hashes.bucket(ids, rows - 1))
         self.register_buffer("map", hashed.to(torch.int16))
@@ -104,10 +117,13 @@ class MergedBag(nn.Module):
         out_BD: Tensor = self.bag(places_N.view(ids_BL.shape), weights_BL)
         return out_BD
 
-
-def merge(weight_RD: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Map [R] and merged rows [rows, D] of a table by k-means: of all maps near the least squared error."""
-    from sklearn.cluster import MiniBatchKMeans
-
-    means = MiniBatchKMeans(rows, n_init=1, batch_size=4096, random_state=0).fit(weight_RD.detach().cpu().numpy())
-    return torch.from_numpy(means.labels_).to(torch.int16), torch.from_numpy(means.cluster_centers_)
+    def set_table(self, rows: TrainedRows) -> None:
+        """Rows that are alike become one by k-means, on a sample where there are many; id 0 keeps its own row."""
+        centres_KD = cluster(*rows.sample(_SAMPLE), self.rows - 1)
+        first_1D = rows.part(0, 1).whole()
+        for start, block in rows.blocks():
+            self.map[start : start + len(block)] = (1 + nearest(block, centres_KD)).to(torch.int16)
+        self.map[0] = 0
+        merged = torch.cat([first_1D, centres_KD])
+        padded = torch.nn.functional.pad(merged, (0, 0, 0, self.rows - len(merged)))
+        set_table(self.bag, TrainedRows.of(padded))

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.errors import UserError
 from dlrm_xla.ids import divide_ids
+from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.tensor_train import column_radices, row_radices
 
 
@@ -92,12 +94,10 @@ def _pooled(rows_ND: Tensor, weights_BL: Tensor) -> Tensor:
     return (rows_ND * weights_BL.reshape(-1, 1)).view(*weights_BL.shape, -1).sum(1)
 
 
-def _digit_tensor(table: Table, weight_RD: Tensor, rows: tuple[int, int, int]) -> np.ndarray:
-    if tuple(weight_RD.shape) != (table.num_rows, table.dim):
-        raise ValueError(f"table {table.name} is {table.num_rows} x {table.dim}, weights {tuple(weight_RD.shape)}")
-    padded = np.zeros((math.prod(rows), table.dim))
-    padded[: table.num_rows] = weight_RD.detach().cpu().numpy()
-    return padded.reshape(*rows, table.dim)
+def _digit_tensor(rows: TrainedRows, radices: tuple[int, int, int]) -> np.ndarray:
+    padded = np.zeros((math.prod(radices), rows.dim))
+    padded[: rows.num_rows] = rows.whole().numpy()
+    return padded.reshape(*radices, rows.dim)
 
 
 class CPBag(_DigitFactors):
@@ -126,21 +126,20 @@ class CPBag(_DigitFactors):
             columns = (columns.unsqueeze(1) * factor).flatten(0, 1)
         return columns[: self.table.dim]
 
-    @classmethod
-    def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> CPBag:
-        """The bag that tensorly's alternating least squares finds for a given table [num_rows, dim]."""
+    def set_table(self, rows: TrainedRows) -> None:
+        """The factors that tensorly's alternating least squares finds, of all rows at once; lookups do not count."""
         import tensorly as tl
         from tensorly.decomposition import parafac
 
-        bag = cls(table, rank)
+        if len(self.columns) > 1:
+            raise UserError("tensorly_cp with block=true cannot be made from a trained table; leave block out")
         with tl.backend_context("numpy", local_threadsafe=True):
-            found = parafac(_digit_tensor(table, weight_RD, bag.rows), rank, init="random", random_state=0)
+            found = parafac(_digit_tensor(rows, self.rows), self.rank, init="random", random_state=0)
         with torch.no_grad():
             for k, (target, factor) in enumerate(
-                zip((bag.factor1, bag.factor2, bag.factor3, bag.columns[0]), found.factors, strict=True)
+                zip((self.factor1, self.factor2, self.factor3, self.columns[0]), found.factors, strict=True)
             ):
-                target.copy_(torch.from_numpy(factor * found.weights / bag.scale if k == 3 else factor))
-        return bag
+                target.copy_(torch.from_numpy(factor * found.weights / self.scale if k == 3 else factor))
 
 
 class TuckerBag(_DigitFactors):
@@ -167,21 +166,24 @@ class TuckerBag(_DigitFactors):
             out_B = (torch.unflatten(out_B, 1, (factor.shape[1], -1)).transpose(1, 2) @ factor.t()).flatten(1)
         return out_B[:, : self.table.dim]
 
-    @classmethod
-    def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> TuckerBag:
-        """The bag that tensorly's higher-order orthogonal iteration finds for a given table [num_rows, dim]."""
+    def set_table(self, rows: TrainedRows) -> None:
+        """Core and factors that tensorly's higher-order orthogonal iteration finds, of all rows at once.
+
+        Lookups do not count.
+        """
         import tensorly as tl
         from tensorly.decomposition import partial_tucker
 
-        bag = cls(table, rank)
-        ranks = [min(rank, n) for n in bag.rows]
+        if len(self.columns):
+            raise UserError("tensorly_tucker with block=true cannot be made from a trained table; leave block out")
+        rank = self.rank
+        ranks = [min(rank, n) for n in self.rows]
         with tl.backend_context("numpy", local_threadsafe=True):
-            (core, factors), _ = partial_tucker(_digit_tensor(table, weight_RD, bag.rows), ranks, modes=[0, 1, 2])
-        full = np.zeros((rank, rank, rank, table.dim))
+            (core, factors), _ = partial_tucker(_digit_tensor(rows, self.rows), ranks, modes=[0, 1, 2])
+        full = np.zeros((rank, rank, rank, rows.dim))
         full[: ranks[0], : ranks[1], : ranks[2]] = core
         with torch.no_grad():
-            bag.core.copy_(torch.from_numpy(full).reshape(bag.core.shape) / bag.scale)
-            for target, factor in zip((bag.factor1, bag.factor2, bag.factor3), factors, strict=True):
+            self.core.copy_(torch.from_numpy(full).reshape(self.core.shape) / self.scale)
+            for target, factor in zip((self.factor1, self.factor2, self.factor3), factors, strict=True):
                 target.zero_()
                 target[:, : factor.shape[1]] = torch.from_numpy(factor)
-        return bag

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
+from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.grouped_trains import train_rows
 
 # Numbers in a slice of the middle core from which on grouping pays: forward and backward of 2048 lookups take 4.3
@@ -91,31 +92,28 @@ class TensorTrainBag(nn.Module):
             return rows_ND * weights_BL
         return (rows_ND.view(*ids_BL.shape, -1) * weights_BL.unsqueeze(-1)).sum(1)
 
-    @classmethod
-    def from_table(cls, table: Table, weight_RD: Tensor, rank: int) -> TensorTrainBag:
-        """The bag nearest to a given table by tensorly's TT-SVD (Oseledets 2011, algorithm 1; quasi-optimal).
+    def set_table(self, rows: TrainedRows) -> None:
+        """The nearest cores by tensorly's TT-SVD (Oseledets 2011, algorithm 1; quasi-optimal), of all rows at once.
 
-        weight_RD [num_rows, dim]. Rows and columns are padded with zeros up to the radices' products.
+        Rows and columns are padded with zeros up to the radices' products. A product of digits has no weights of rows,
+        so lookups do not count.
         """
         import tensorly as tl
         from tensorly.decomposition import tensor_train_matrix
 
-        if tuple(weight_RD.shape) != (table.num_rows, table.dim):
-            raise ValueError(f"table {table.name} is {table.num_rows} x {table.dim}, weights {tuple(weight_RD.shape)}")
-        bag = cls(table, rank)
-        padded = np.zeros((math.prod(bag.rows), math.prod(bag.columns)), dtype=np.float64)
-        padded[: table.num_rows, : table.dim] = weight_RD.detach().cpu().numpy()
+        rank = self.rank
+        padded = np.zeros((math.prod(self.rows), math.prod(self.columns)), dtype=np.float64)
+        padded[: rows.num_rows, : rows.dim] = rows.whole().numpy()
         with tl.backend_context("numpy", local_threadsafe=True):  # importing tltorch, for one, makes torch the default
-            factors = tensor_train_matrix(padded.reshape(*bag.rows, *bag.columns), rank=[1, rank, rank, 1])
+            factors = tensor_train_matrix(padded.reshape(*self.rows, *self.columns), rank=[1, rank, rank, 1])
         with torch.no_grad():
-            for core, factor in zip((bag.core1, bag.core2, bag.core3), factors, strict=True):
+            for core, factor in zip((self.core1, self.core2, self.core3), factors, strict=True):
                 # tensorly: [left rank, row radix, column radix, right rank]; ranks that the table does not need are
                 # left out by it, and are zeros here.
                 left, n, d, right = factor.shape
-                full = torch.zeros(1 if core is bag.core1 else rank, n, d, 1 if core is bag.core3 else rank)
+                full = torch.zeros(1 if core is self.core1 else rank, n, d, 1 if core is self.core3 else rank)
                 full[:left, :, :, :right] = torch.from_numpy(factor)
                 core.copy_(full.transpose(0, 1).reshape(core.shape))
-        return bag
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, rows {self.rows}, columns {self.columns}, rank {self.rank}"

@@ -1,0 +1,67 @@
+"""Bags from trained tables: what they are asked, and how near they come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dlrm_xla.contract import FromTable
+from dlrm_xla.errors import UserError
+from dlrm_xla.trained_rows import TrainedRows
+
+
+def set_table(bag: nn.Module, rows: TrainedRows) -> None:
+    """Has a bag take over trained rows; a UserError where it cannot."""
+    check_takes_tables(bag).set_table(rows)
+
+
+def check_takes_tables(bag: nn.Module) -> FromTable:
+    """The bag, where it can take over trained rows; else a UserError."""
+    if isinstance(bag, FromTable):
+        return bag
+    raise UserError(
+        f"{type(bag).__name__} cannot be made from a trained table: its plugin has no set_table. "
+        "launch/run.py --list-plugins says which ones have."
+    )
+
+
+def check_rows(name: str, rows: TrainedRows) -> None:
+    """Raises a UserError where a number is not finite, before hours of work."""
+    for start, block in rows.blocks():
+        bad = (~block.isfinite()).any(1)
+        if bad.any():
+            row = start + int(bad.nonzero()[0])
+            raise UserError(
+                f"table {name}: row {row:,} is not finite, one of {int(bad.sum()):,} in its block. The run that "
+                "trained it went wrong: take one of its earlier checkpoints."
+            )
+
+
+@dataclass(frozen=True)
+class TableError:
+    """||W - W'||_F / ||W||_F over all rows alike, and with rows weighted by their lookups."""
+
+    rows: float
+    lookups: float
+
+
+@torch.no_grad()
+def table_error(bag: nn.Module, rows: TrainedRows, lookups: torch.Tensor | None) -> TableError:
+    """How far a bag's lookups are from the rows; ``lookups`` [R] are the weights of the second figure."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    bag.eval()
+    for start, block in rows.blocks():
+        ids_BL = torch.arange(start, start + len(block), dtype=torch.int32).unsqueeze(1)
+        off = (bag(ids_BL, torch.ones(len(block), 1)) - block).double().square().sum(1)
+        whole = block.double().square().sum(1)
+        weight = torch.ones(len(block)) if lookups is None else lookups[start : start + len(block)]
+        sums += torch.stack([off.sum(), whole.sum(), (off * weight).sum(), (whole * weight).sum()])
+    off, whole, off_weighted, whole_weighted = sums.tolist()
+    return TableError(_ratio(off, whole), _ratio(off_weighted, whole_weighted))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0

@@ -1,0 +1,324 @@
+"""Replaces a trained run's tables by approximations computed from them, and says what that costs in accuracy.
+
+python launch/compress.py RUN/checkpoints/best.safetensors --plugin svd --ratio 10
+python launch/compress.py RUN/checkpoints/best.safetensors --plugin int4 --fine-tune 1
+python launch/compress.py dlrm.pt --plugin hash_rows --ratio 100 --data PREPARED     weights of facebookresearch/dlrm
+
+Writes a run folder whose checkpoint launch/run.py takes to --evaluate, --export, and --resume, which trains on. Rows
+count by how often training looks them up, for that is how often their errors are made; --weigh alike counts all the
+same. Stopped, the same command goes on after the last table that it finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import convert
+import numpy as np
+import run as launcher
+import torch
+from dlrm_xla_data.fingerprint import describe_data
+from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.prepared import PreparedDataset
+from torch import Tensor
+
+from dlrm_xla import checkpoint, registry, serving
+from dlrm_xla.compression import TableError, check_rows, check_takes_tables, set_table, table_error
+from dlrm_xla.config import Config, resolve
+from dlrm_xla.devices import open_device
+from dlrm_xla.errors import UserError
+from dlrm_xla.metrics import base_rate_metrics, click_metrics
+from dlrm_xla.model import DLRM
+from dlrm_xla.row_optim import DTYPES
+from dlrm_xla.run_folder import RunFolder, check_out, versions
+from dlrm_xla.tensor_file import Section, TensorFile, opened, write
+from dlrm_xla.train import GraphWatch, Outcome, Steps, predict
+from dlrm_xla.trained_rows import TrainedRows
+
+SETTINGS = {
+    *("plugin", "ratio", "memory", "min_rows", "device", "data", "data_cache", "out", "min_count", "seed"),
+    *("batch_size", "row_lr", "dense_lr", "plugin_lr", "row_optimizer", "patience", "evals_per_epoch"),
+}
+# What it works on; gone once the run folder is whole.
+SCRATCH = "compression.unfinished"
+# Trained weights want smaller steps than random ones: of a run's own rates, where none are given.
+FINE_TUNE_RATE = 0.1
+Scores = dict[str, dict[str, float]]
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags; settings that are not given are those of the checkpoint."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint with exact tables, or a file of the script's")
+    parser.add_argument("--fine-tune", type=int, default=0, metavar="EPOCHS", help="train on, at most so long")
+    parser.add_argument("--weigh", choices=["lookups", "alike"], default="lookups", help="how rows count")
+    launcher.add_settings(parser, SETTINGS)
+    return parser
+
+
+def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> int:
+    """The whole command; returns the exit code."""
+    layers = registry.parse(given.get("plugin", registry.EXACT))
+    if not layers:
+        raise UserError("name what shall replace the tables: --plugin svd, int4, tensorly_tt, ...")
+    if fine_tune < 0:
+        raise UserError(f"--fine-tune is {fine_tune}, but must be 0 or more epochs")
+    out = Path(given.setdefault("out", str(_default_out(path, given))))
+    scratch = out / SCRATCH
+    if not scratch.is_dir():
+        check_out(str(out))
+    scratch.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".safetensors":
+        path = _converted(path, scratch)
+    about = checkpoint.read_about(path)
+    _check_source(path, about)
+    config, origins = _settings(about, given, fine_tune)
+    device = open_device(config.device)
+    print(f"device: {device.description}")
+    if device.loud:
+        launcher.warn(device.loud)
+    dataset, best_auc = launcher.open_data(config)
+    _check_data(about, config, dataset)
+    plan = launcher.make_plan(config, device, device.rows, dataset)
+    print(launcher.planning.text(plan.bags))
+    if all(p.plugin == registry.EXACT for p in plan.bags):
+        raise UserError(
+            f"{config.plugin} would replace no table, for the reasons above. Give --ratio, options that keep less, or "
+            "a lower --min-rows."
+        )
+    for make, table in zip(plan.make_bags, plan.tables, strict=True):
+        check_takes_tables(launcher.planning.on_meta(make, table))
+    launcher.check_memory(plan)
+    loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
+    watch = GraphWatch(device, launcher.warn)
+
+    source = serving.build(about["model"], DTYPES[config.row_precision])
+    before_steps = Steps(source, dataset.bag_lengths, device, config)
+    checkpoint.load_model(path, before_steps.model, before_steps.rows)
+    before = _scores(before_steps, loader, GraphWatch(device, launcher.warn))
+    del before_steps, source
+    described = serving.describe(config, plan.bags, dataset.dense.shape[1], dataset.bag_lengths)
+    model = serving.build(described, DTYPES[config.row_precision])
+    with opened(path) as file:
+        tables = _compress_tables(file, model, plan, dataset, config, weigh, scratch)
+        _copy_dense(file, model)
+
+    steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
+    after = _scores(steps, loader, watch)
+    outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
+    folder = RunFolder(config, origins, resumed=out)
+    base = base_rate_metrics(loader.labels("test").numpy(), dataset.click_rate("train"))
+    try:
+        folder.log({"step": 0, "samples": 0, **{f"validation_{k}": v for k, v in after["validation"].items()}})
+        saved = {
+            "step": 0,
+            "epoch": 0.0,
+            "outcome": dataclasses.asdict(outcome),
+            "metrics_bytes": folder.metrics_bytes,
+            "config": dataclasses.asdict(config),
+            "model": described,
+            "data": describe_data(dataset),
+            "versions": versions(),
+            "compressed_from": str(path),
+        }
+        folder.checkpoints.add(0, partial(steps.save, about=saved), best=True)
+        exact = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
+        report = launcher.make_report(config, plan, exact, steps, watch, outcome, after["test"], base, best_auc)
+        report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after}
+        report["compression"] = tables
+        folder.report(report)
+        (out / "compression.json").write_text(json.dumps(report, indent=1) + "\n")
+    finally:
+        folder.close()
+    shutil.rmtree(scratch)
+    _print(before, after, report, out)
+    if not fine_tune:
+        return 0
+    del steps, model
+    code = launcher.run(config, origins, out)
+    tuned = json.loads((out / "report.json").read_text())
+    print(
+        f"test AUC            {before['test']['auc']:.4f} -> {after['test']['auc']:.4f} compressed "
+        f"-> {tuned['auc']:.4f} fine-tuned"
+    )
+    return code
+
+
+def _default_out(path: Path, given: Mapping[str, Any]) -> Path:
+    """A name that the same command finds again."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
+    plugin = "".join(c if c.isalnum() or c in "+_=." else "-" for c in given.get("plugin", ""))
+    size = f"-{given['ratio']:g}x" if "ratio" in given else ""
+    return run.with_name(f"{run.name}-{plugin}{size}")
+
+
+def _converted(path: Path, scratch: Path) -> Path:
+    target = scratch / "source.safetensors"
+    if not target.exists():
+        print(f"{path}: {convert.from_reference(path, target)}")
+    return target
+
+
+def _check_source(path: Path, about: Mapping[str, Any]) -> None:
+    if "model" not in about:
+        raise UserError(f"{path} does not say which model it is of; a checkpoint of launch/run.py does")
+    replaced = {t["plugin"] for t in about["model"]["tables"]} - {registry.EXACT}
+    if replaced:
+        raise UserError(
+            f"{path} has tables that are approximations already ({', '.join(sorted(replaced))}). Compress a checkpoint "
+            "with exact tables."
+        )
+
+
+def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int) -> tuple[Config, dict[str, str]]:
+    """The checkpoint's settings under those that were given; rates for fine-tuning are a tenth of what they were."""
+    dropped = ("out", "row_files", "plugin", "ratio", "memory", "tables")
+    saved = {k: v for k, v in about["config"].items() if k not in dropped}
+    smaller = {
+        name: saved[name] * FINE_TUNE_RATE
+        for name in ("row_lr", "dense_lr", "plugin_lr")
+        if fine_tune and name not in given and saved[name]
+    }
+    epochs = {"epochs": fine_tune} if fine_tune else {}
+    config, origins = resolve({**saved, **smaller, **epochs, **given}, None)
+    return config, {k: v if k in given else "the checkpoint" for k, v in origins.items()}
+
+
+def _check_data(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:
+    known = about.get("data")
+    found = [(t.name, t.num_rows) for t in launcher.make_tables(config, dataset)]
+    trained = [(t["name"], t["rows"]) for t in about["model"]["tables"]]
+    if [rows for _, rows in found] != [rows for _, rows in trained]:
+        differ = [f"{a[0]} {a[1]:,} and {b[1]:,}" for a, b in zip(trained, found, strict=False) if a[1] != b[1]]
+        raise UserError(
+            f"the checkpoint's {len(trained)} tables are not those of the data, which has {len(found)}; rows there and "
+            f"here: {', '.join(differ[:5])}. Give --data the rows that it was trained on, and its --min-count."
+        )
+    if known is None:
+        launcher.warn(
+            "the checkpoint does not know its training rows: whether these ids mean the same cannot be checked"
+        )
+    elif describe_data(dataset)["vocabulary"] != known["vocabulary"]:
+        raise UserError(
+            "the data has other ids than the checkpoint was trained on, so its rows would mean something else. Give "
+            "--data rows that were prepared with the ids of the training rows."
+        )
+
+
+def _scores(steps: Steps, loader: Loader, watch: GraphWatch) -> Scores:
+    return {
+        split: click_metrics(loader.labels(split).numpy(), predict(steps, loader, split, watch))
+        for split in ("validation", "test")
+    }
+
+
+def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
+    """How often training looks up each row of a table, float32 [num_rows]; row 0 has all ids that have none."""
+    counts = dataset.counts[feature][: num_rows - 1]
+    start, stop = dataset.splits["train"]
+    rest = (stop - start) * dataset.bag_lengths[feature] - counts.sum()
+    return torch.from_numpy(np.concatenate([[rest], counts]).astype(np.float32))
+
+
+def _compress_tables(
+    file: TensorFile,
+    model: DLRM,
+    plan: launcher.Plan,
+    dataset: PreparedDataset,
+    config: Config,
+    weigh: str,
+    scratch: Path,
+) -> list[dict[str, Any]]:
+    """Sets the model's bags, table by table; what was finished by a command that was stopped is taken from files."""
+    specs = [p.plugin for p in plan.bags]
+    job = {"source": file.about["sha256"], "plugins": specs, "weigh": weigh, "seed": config.seed}
+    job_file = scratch / "job.json"
+    if job_file.exists() and json.loads(job_file.read_text()) != job:
+        raise UserError(
+            f"{scratch} is of another compression that was stopped. Delete {scratch.parent} or choose another --out."
+        )
+    job_file.write_text(json.dumps(job))
+    read = {k: TrainedRows.of(file.tensor(f"model.bags.{k}.weight")) for k in range(len(plan.tables))}
+    for k, table in enumerate(plan.tables):
+        check_rows(table.name, read[k])
+    rows = []
+    for k, (table, planned, make) in enumerate(zip(plan.tables, plan.bags, plan.make_bags, strict=True)):
+        count = lookups(dataset, k, table.num_rows)
+        finished = scratch / f"table{k}.safetensors"
+        if finished.exists():
+            with opened(finished) as done:
+                model.bags[k].load_state_dict({name: done.tensor(name) for name in done.names})
+                told = json.loads(done.about["told"])
+        else:
+            began = time.perf_counter()
+            torch.manual_seed(config.seed + k)
+            bag = make(table)
+            set_table(bag, read[k].weighted(count if weigh == "lookups" else None))
+            seconds = time.perf_counter() - began
+            error = table_error(bag, read[k], count) if planned.plugin != registry.EXACT else TableError(0.0, 0.0)
+            told = planned.as_dict() | {"seconds": seconds, "error": error.rows, "error_of_lookups": error.lookups}
+            state = bag.state_dict()
+            sections = [Section([(name, tensor.shape)], tensor.dtype, [tensor]) for name, tensor in state.items()]
+            write(finished, sections, {"told": json.dumps(told)})
+            model.bags[k].load_state_dict(state)
+        if planned.plugin != registry.EXACT:
+            print(
+                f"{table.name:<10}{planned.plugin}: error {told['error']:.3f} of rows, "
+                f"{told['error_of_lookups']:.3f} of lookups, {told['seconds']:.1f} s  ({k + 1} of {len(plan.tables)})"
+            )
+        rows.append(told)
+    return rows
+
+
+def _copy_dense(file: TensorFile, model: DLRM) -> None:
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("bags."):
+                tensor.copy_(file.tensor(f"model.{name}"))
+
+
+def _print(before: Scores, after: Scores, report: Mapping[str, Any], out: Path) -> None:
+    print(f"\n{'':<20}{'trained':>12}{'compressed':>12}")
+    for split in ("validation", "test"):
+        for name in ("auc", "log_loss"):
+            title = f"{split} {name.replace('_', ' ')}"
+            print(f"{title:<20}{before[split][name]:>12.4f}{after[split][name]:>12.4f}")
+    print(
+        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables "
+        f"over all ids seen in training\nrun folder          {out}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the flags and returns the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
+    given = vars(flags().parse_args(arguments))
+    path, fine_tune, weigh = (given.pop(k) for k in ("checkpoint", "fine_tune", "weigh"))
+    try:
+        return compress(path, given, fine_tune, weigh)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}. Look at the disk and the permissions there, and run again.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last table that it finished", file=sys.stderr)
+        return launcher.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""launch/compress.py on trained runs: what it writes, what it goes on from, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import launch_script
+from safetensors.torch import load_file
+
+launcher, compress = launch_script("run"), launch_script("compress")
+SETTINGS = {
+    "synthetic_tables": [30, 400, 200],
+    "synthetic_rows": 3000,
+    "bottom": [8],
+    "top": [8],
+    "dim": 8,
+    "batch_size": 128,
+    "min_count": 0,
+    "min_rows": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "c.yaml").write_text(yaml.safe_dump(SETTINGS))
+    assert launcher.main(["--device", "cpu", "--config", str(folder / "c.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run" / "checkpoints" / "best.safetensors"
+
+
+def _report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_compressed_run_is_a_run(trained, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert compress.main([str(trained), "--plugin", "svd:rank=3", "--out", str(out)]) == 0
+    assert "C2        svd:rank=3: error 0." in capsys.readouterr().out
+    report = _report(out)
+    assert [t["plugin"] for t in report["compression"]] == ["exact", "svd:rank=3", "svd:rank=3"]
+    assert report["embedding_bytes"] == 4 * (30 * 8 + (400 + 200 + 2 * 8) * 3)
+    assert report["auc"] == report["after"]["test"]["auc"]
+    source, small = load_file(trained), load_file(out / "checkpoints" / "best.safetensors")
+    weight = source["model.bags.1.weight"]
+    dataset, _ = launcher.open_data(compress.resolve(SETTINGS, None)[0])
+    lookups = compress.lookups(dataset, 1, 400)
+    start, stop = dataset.splits["train"]
+    np.testing.assert_array_equal(lookups, np.bincount(dataset.ids[start:stop, 1], minlength=400))
+    vectors = torch.linalg.svd(weight * lookups.sqrt().unsqueeze(1), full_matrices=False).Vh[:3]
+    rows = small["model.bags.1.bag.weight"] @ small["model.bags.1.matrix"]
+    torch.testing.assert_close(rows, weight @ vectors.T @ vectors, atol=1e-4, rtol=0)
+    torch.testing.assert_close(small["model.bags.0.weight"], source["model.bags.0.weight"])
+
+    best = str(out / "checkpoints" / "best.safetensors")
+    assert launcher.main(["--evaluate", best, "--out", str(tmp_path / "p.parquet")]) == 0
+    assert f"{report['auc']:.4f}" in capsys.readouterr().out, "scored as it was when it was compressed"
+    assert launcher.main(["--export", best, "--out", str(tmp_path / "program"), "--batch-size", "4"]) == 0
+    assert launcher.main(["--resume", str(out)]) == 0
+    assert _report(out)["steps"] > 0
+
+
+def test_fine_tuning_keeps_what_was_compressed_where_training_makes_it_worse(trained, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    arguments = ["--plugin", "hash_rows:rows=50", "--out", str(out), "--fine-tune", "1"]
+    assert compress.main([str(trained), *arguments, "--row-lr", "50", "--dense-lr", "1"]) == 0
+    compressed, tuned = json.loads((out / "compression.json").read_text()), _report(out)
+    assert tuned["best_step"] == 0
+    assert tuned["auc"] == pytest.approx(compressed["auc"], abs=1e-6)
+    assert "fine-tuned" in capsys.readouterr().out
+
+
+def test_stopped_it_goes_on_after_the_last_finished_table(trained, tmp_path, monkeypatch, capsys):
+    out, arguments = tmp_path / "stopped", ["--plugin", "pq:bits=2", "--weigh", "alike"]
+    asked = []
+
+    def until_the_third(bag, rows, fit=compress.set_table):
+        asked.append(rows.num_rows)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        fit(bag, rows)
+
+    monkeypatch.setattr(compress, "set_table", until_the_third)
+    assert compress.main([str(trained), *arguments, "--out", str(out)]) == 130
+    assert "goes on after the last table" in capsys.readouterr().err
+    assert compress.main([str(trained), "--plugin", "pq:bits=3", "--out", str(out)]) == 2
+    assert "of another compression" in capsys.readouterr().err
+    assert compress.main([str(trained), *arguments, "--out", str(out)]) == 0
+    assert asked == [30, 400, 200, 200], "finished tables are not done again"
+    monkeypatch.undo()
+    assert compress.main([str(trained), *arguments, "--out", str(tmp_path / "whole")]) == 0
+    one, other = (load_file(f / "checkpoints" / "last.safetensors") for f in (out, tmp_path / "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other if name.startswith("model."))
+    assert compress.main([str(trained), *arguments, "--out", str(out)]) == 2
+    assert "already holds files" in capsys.readouterr().err
+
+
+def test_weights_of_the_reference_script_are_a_source(small_log, tmp_path, capsys):
+    convert = launch_script("convert")
+    data = ["--data", str(small_log), "--min-count", "0"]
+    common = ["--device", "cpu", "--dim", "8", "--min-rows", "10", *data]
+    assert launcher.main([*common, "--out", str(tmp_path / "run")]) == 0
+    file = tmp_path / "dlrm.pt"
+    best = tmp_path / "run" / "checkpoints" / "best.safetensors"
+    assert convert.main(["--to-reference", str(best), "--out", str(file)]) == 0
+    arguments = ["--plugin", "svd:rank=7", "--min-rows", "10", *data, "--out", str(tmp_path / "small")]
+    assert compress.main([str(file), *arguments]) == 0
+    assert "does not know its training rows" in capsys.readouterr().err
+    assert _report(tmp_path / "small")["before"]["test"]["auc"] == pytest.approx(
+        _report(tmp_path / "run")["auc"], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plugin", "exact"], "name what shall replace"),
+        (["--plugin", "svd:rank=9"], "rank is 9, but must be from 1 to 7"),
+        (["--plugin", "svd", "--ratio", "1000"], "is within its reach"),
+        (["--plugin", "svd:rank=3", "--min-rows", "1000"], "would replace no table"),
+        (["--plugin", "robe:blocks=20"], "has no set_table"),
+        (["--plugin", "svd", "--fine-tune", "-1"], "must be 0 or more"),
+        (["--plugin", "svd", "--seed", "5"], "rows would mean something else"),
+    ],
+)
+def test_bad_input_is_refused(trained, tmp_path, capsys, arguments, message):
+    assert compress.main([str(trained), *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_data_damaged_rows_and_compressed_sources_are_refused(trained, small_log, tmp_path, capsys):
+    arguments = ["--plugin", "svd:rank=2", "--out", str(tmp_path / "out")]
+    assert compress.main([str(trained), *arguments, "--data", str(small_log)]) == 2
+    assert "3 tables are not those of the data, which has 26" in capsys.readouterr().err
+    assert compress.main([str(tmp_path / "none.safetensors"), *arguments]) == 2
+    assert "cannot read the checkpoint" in capsys.readouterr().err
