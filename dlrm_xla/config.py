@@ -100,6 +100,7 @@ class Config:
     decay_power: float = _setting(2.0, "power of the polynomial decay", flag=False)
     synthetic_tables: list[int] = _setting([], "rows of each synthetic table", flag=False)
     synthetic_bags: list[int] = _setting([], "ids per bag of each synthetic table; none: one each", flag=False)
+    synthetic_variable: bool = _setting(False, "these are the most, and synthetic bags vary in length", flag=False)
 
 
 _POSITIVE = (

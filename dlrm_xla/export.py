@@ -51,6 +51,7 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
         "output": "click probability [batch]",
         "stablehlo_batch": batch,
         "bag_lengths": described["bag_lengths"],
+        "padding_id": -1 if described.get("variable_bags") else None,
         "tables": described["tables"],
         "step": about["step"],
     }

@@ -20,11 +20,18 @@ from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.rows import RowTable
 
 
-def describe(config: Config, plans: Sequence[TablePlan], num_dense: int, bag_lengths: Sequence[int]) -> dict[str, Any]:
+def describe(
+    config: Config,
+    plans: Sequence[TablePlan],
+    num_dense: int,
+    bag_lengths: Sequence[int],
+    variable_bags: bool = False,
+) -> dict[str, Any]:
     """What a checkpoint keeps so that the model can be built without its data."""
     return {
         "num_dense": num_dense,
         "bag_lengths": list(bag_lengths),
+        "variable_bags": variable_bags,
         "tables": [{"name": p.name, "rows": p.rows, "dim": p.dim, "plugin": p.plugin} for p in plans],
         **{k: getattr(config, k) for k in ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")},
     }
@@ -46,15 +53,20 @@ def build(described: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> D
 
 
 class Scorer(nn.Module):
-    """Click probabilities [B] from dense_BI float32 and ids_BS int32, the slots of all features side by side."""
+    """Click probabilities [B] from dense_BI float32 and ids_BS int32, the slots of all features side by side.
 
-    def __init__(self, model: DLRM, bag_lengths: Sequence[int]) -> None:
+    Where bags vary in length, slots that a bag does not fill have the id -1.
+    """
+
+    def __init__(self, model: DLRM, bag_lengths: Sequence[int], variable_bags: bool = False) -> None:
         super().__init__()
         self.model = model
         self.bag_lengths = list(bag_lengths)
+        self.lengths = tuple(bag_lengths) if variable_bags else None
 
     def forward(self, dense_BI: Tensor, ids_BS: Tensor) -> Tensor:
-        batch = unpack(PackedBatch(dense_BI, ids_BS, torch.zeros_like(dense_BI[:, 0])), self.bag_lengths)
+        packed = PackedBatch(dense_BI, ids_BS, torch.zeros_like(dense_BI[:, 0]), lengths=self.lengths)
+        batch = unpack(packed, self.bag_lengths)
         logits_B: Tensor = self.model(batch.dense_BI, batch.ids, batch.weights)
         return torch.sigmoid(logits_B)
 
@@ -64,4 +76,5 @@ def load(path: Path) -> tuple[Scorer, dict[str, Any]]:
     about = checkpoint.read_about(path)
     model = build(about["model"], DTYPES[about["config"]["row_precision"]])
     checkpoint.load_model(path, model)
-    return Scorer(model, about["model"]["bag_lengths"]).eval(), about
+    described = about["model"]
+    return Scorer(model, described["bag_lengths"], described.get("variable_bags", False)).eval(), about

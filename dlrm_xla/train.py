@@ -69,10 +69,8 @@ class Steps:
         self.bag_lengths = list(bag_lengths)
         place = placement_rule(config, device.rows)
         self.rows = RowStore(model, device, row_settings(config), config.row_lr, place, files, config.row_kernels)
-        self._num_rows_S = torch.tensor(
-            [t.num_rows for t, length in zip(model.tables, bag_lengths, strict=True) for _ in range(length)]
-        )
-        self._names_S = [t.name for t, n in zip(model.tables, bag_lengths, strict=True) for _ in range(n)]
+        self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
+        self._names_F = [t.name for t in model.tables]
         own = {name for name, _ in model.bags.named_parameters(prefix="bags")}
         self.model = device.place(model)
         # Cores and codebooks start small and must grow to the size of trained rows: their rate is one of their own.
@@ -85,28 +83,38 @@ class Steps:
         self._refreshed = [m for m in model.bags.modules() if isinstance(m, Refreshed)]
         self._finite = FiniteWatch("parameter", len(self._trained), device)
         self.loss_and_count = self._zeros()
-        self._train = device.compile(self._train_step, "train")
-        self._evaluate = device.compile(self._evaluation_step, "evaluation")
+        # One graph each, or one for each of a few lengths of bags.
+        self._compiled: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
 
     def train(self, packed: PackedBatch, step: int) -> None:
         """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
         self._check_ids(packed, f"training step {step + 1}")
-        self._train(packed.to(self.device.torch_device), rate=learning_rate_factor(self.config, step))
+        run = self._graph(self._train_step, "train", packed)
+        run(packed.to(self.device.torch_device), rate=learning_rate_factor(self.config, step))
 
     def evaluate(self, packed: PackedBatch) -> Tensor:
         """Logits of one batch, float32, still on the device."""
         self._check_ids(packed, "evaluation")
-        logits_B: Tensor = self._evaluate(packed.to(self.device.torch_device))
+        logits_B: Tensor = self._graph(self._evaluation_step, "evaluation", packed)(packed.to(self.device.torch_device))
         return logits_B
+
+    def _graph(self, step: Callable[..., Any], name: str, packed: PackedBatch) -> Callable[..., Any]:
+        key = name, packed.lengths
+        if key not in self._compiled:
+            self._compiled[key] = self.device.compile(step, name)
+        return self._compiled[key]
 
     def _check_ids(self, packed: PackedBatch, where: str) -> None:
         # On the host, where batches come from: one comparison per id, and nothing has been updated yet.
-        bad_BS = (packed.ids_BS < 0) | (packed.ids_BS >= self._num_rows_S)
+        lengths = torch.tensor(packed.lengths or self.bag_lengths)
+        num_rows_S = self._num_rows_F.repeat_interleave(lengths)
+        bad_BS = (packed.ids_BS < (0 if packed.lengths is None else -1)) | (packed.ids_BS >= num_rows_S)
         if bad_BS.any():
             row, slot = bad_BS.nonzero()[0].tolist()
+            feature = int((lengths.cumsum(0) <= slot).sum())
             raise UserError(
-                f"{where}, row {row} of the batch: feature {self._names_S[slot]} has the id "
-                f"{int(packed.ids_BS[row, slot])}, but its table has the ids 0 to {int(self._num_rows_S[slot]) - 1}. "
+                f"{where}, row {row} of the batch: feature {self._names_F[feature]} has the id "
+                f"{int(packed.ids_BS[row, slot])}, but its table has the ids 0 to {int(num_rows_S[slot]) - 1}. "
                 "Prepare the data again, or give the table more rows."
             )
 
@@ -265,12 +273,17 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def phase(name: str, packed: PackedBatch) -> str:
+    """What a step's graph is counted under: one for each of a few lengths of bags."""
+    return name if packed.lengths is None else f"{name}, {sum(packed.lengths)} slots"
+
+
 def predict(steps: Steps, source: Source, split: str, watch: GraphWatch) -> NDArray[np.float32]:
     """Logits of every row of a split, in order."""
     logits = []
     for number, packed in enumerate(source.batches(split), 1):
         logits.append(steps.evaluate(packed))
-        watch.after("evaluation", number)
+        watch.after(phase("evaluation", packed), number)
     # One transfer per batch: a concatenation on the device would be one more graph.
     return np.concatenate([b.cpu().numpy() for b in logits])[: len(source.labels(split))]
 
@@ -345,10 +358,10 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
                 steps.train(packed, outcome.steps)
                 number += 1
                 outcome.steps += 1
-                outcome.samples += min(config.batch_size, len(train_labels) - (number - 1) * config.batch_size)
+                outcome.samples += int((packed.labels_B >= 0).sum())
                 outcome.epochs = epoch + number / per_epoch
                 window_steps += 1
-                watch.after("train", outcome.steps)
+                watch.after(phase("train", packed), outcome.steps)
                 progress.advance()
                 stop, validate, best = asked_to_stop(), number in validations, False
                 if outcome.steps == 1 or outcome.steps % config.log_every == 0 or validate:

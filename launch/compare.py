@@ -28,7 +28,19 @@ MARKERS = ("<!-- results: made by launch/compare.py -->", "<!-- end of results -
 TITLES = ["plugin", "asked", "ratio", "bytes to serve", "bytes to train", "AUC", "spread", "log loss", "spread"]
 TITLES += ["samples/s", "minimum count", "rates", "seeds"]
 RATES = {"plugin_lr": "plugin lr", "row_lr": "row lr"}
-MAY_DIFFER = {"plugin", "ratio", "seed", "device", "out", "data_cache", "tables", "min_rows", "min_count", *RATES}
+MAY_DIFFER = {
+    "plugin",
+    "ratio",
+    "row_kernels",
+    "seed",
+    "device",
+    "out",
+    "data_cache",
+    "tables",
+    "min_rows",
+    "min_count",
+    *RATES,
+}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -51,8 +63,9 @@ def check_alike(reports: Sequence[dict[str, Any]]) -> None:
     for report in reports:
         if report["interrupted"]:
             raise UserError(f"{report['folder']} was interrupted; finish it or leave it out")
-        for key in sorted(first["settings"].keys() | report["settings"].keys()):
-            here, there = (r["settings"].get(key) for r in (report, first))
+        # A setting that an older version did not have yet did not change that run.
+        for key in sorted(first["settings"].keys() & report["settings"].keys()):
+            here, there = (r["settings"][key] for r in (report, first))
             if key == "data":
                 here, there = (Path(str(v)).name for v in (here, there))
             if here != there and key not in MAY_DIFFER:

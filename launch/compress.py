@@ -111,7 +111,7 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     checkpoint.load_model(path, before_steps.model, before_steps.rows)
     before = _scores(before_steps, loader, GraphWatch(device, launcher.warn))
     del before_steps, source
-    described = serving.describe(config, plan.bags, dataset.dense.shape[1], dataset.bag_lengths)
+    described = serving.describe(config, plan.bags, *dataset.shape)
     model = serving.build(described, DTYPES[config.row_precision])
     with opened(path) as file:
         tables = _compress_tables(file, model, plan, dataset, config, weigh, scratch)
@@ -229,8 +229,7 @@ def _scores(steps: Steps, loader: Loader, watch: GraphWatch) -> Scores:
 def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
     """How often training looks up each row of a table, float32 [num_rows]; row 0 has all ids that have none."""
     counts = dataset.counts[feature][: num_rows - 1]
-    start, stop = dataset.splits["train"]
-    rest = (stop - start) * dataset.bag_lengths[feature] - counts.sum()
+    rest = dataset.lookups(feature, "train") - counts.sum()
     return torch.from_numpy(np.concatenate([[rest], counts]).astype(np.float32))
 
 

@@ -116,7 +116,8 @@ def open_data(config: Config) -> tuple[PreparedDataset, float | None]:
         path = Path(config.data)
         cache = Path(config.data_cache) if config.data_cache else None
         return (open_prepared(path) if path.is_dir() else open_log(path, cache)), None
-    dataset, best = synthesize(config.synthetic_rows, config.synthetic_tables, config.synthetic_bags, config.seed)
+    tables, bags = config.synthetic_tables, config.synthetic_bags
+    dataset, best = synthesize(config.synthetic_rows, tables, bags, config.seed, config.synthetic_variable)
     print(
         f"SYNTHETIC DATA, for there is no --data: {config.synthetic_rows:,} rows of Criteo's shape with a planted "
         f"signal; best AUC that any model could reach on its test rows: {best:.4f}"
@@ -258,7 +259,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
         if start:
             resume(start[0], about, steps, folder)
         watch = GraphWatch(device, noted)
-        model_about = serving.describe(config, plan.bags, dataset.dense.shape[1], dataset.bag_lengths)
+        model_about = serving.describe(config, plan.bags, *dataset.shape)
 
         def save(outcome: Outcome, best: bool) -> None:
             about = {

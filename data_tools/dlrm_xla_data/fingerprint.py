@@ -68,7 +68,7 @@ def row_hashes(dataset: PreparedDataset, rows: NDArray[np.int64]) -> NDArray[np.
             [
                 np.asarray(dataset.labels[part], np.uint32)[:, None],
                 np.ascontiguousarray(dataset.dense[part], np.float32).view(np.uint32),
-                np.ascontiguousarray(dataset.ids[part], np.int32).view(np.uint32),
+                np.ascontiguousarray(dataset.slots(part), np.int32).view(np.uint32),
             ],
             axis=1,
         )

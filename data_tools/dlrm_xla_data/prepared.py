@@ -6,6 +6,11 @@
     counts.npy   int64   [sum]   for each feature, how often its ids 1, 2, ... occur in training (falling)
     meta.json    format, source, dense and table names, bag lengths, ids per table, splits; written last
 
+Where bags vary in length, meta.json has ``"variable_bags": true``, bag lengths are those of the longest, and
+
+    ids.npy      int32   [all slots]  those of row n and feature f from offsets[n F + f] to before offsets[n F + f + 1]
+    offsets.npy  int64   [N F + 1]
+
 A folder gets its name only when it is whole: it is written under another name and renamed.
 """
 
@@ -25,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm_xla.errors import UserError
+from dlrm_xla_data.bags import Bags
 
 FORMAT = "dlrm_xla prepared 1"
 SPLITS = ("train", "test", "validation")
@@ -42,6 +48,24 @@ class PreparedDataset:
     bag_lengths: list[int]
     splits: dict[str, tuple[int, int]]
     source: dict[str, Any]
+    bags: Bags | None = None
+
+    @property
+    def shape(self) -> tuple[int, list[int], bool]:
+        """Dense features, bag lengths, and whether these are the most of bags that vary in length."""
+        return self.dense.shape[1], self.bag_lengths, self.bags is not None
+
+    def slots(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Ids [rows, S] of all features side by side, -1 where a bag is shorter than the longest."""
+        return self.ids[rows] if self.bags is None else self.bags.padded(rows, tuple(self.bag_lengths))
+
+    def lookups(self, feature: int, split: str) -> int:
+        """Ids of a feature in a split, missing ones counted."""
+        start, stop = self.splits[split]
+        if self.bags is None:
+            return (stop - start) * self.bag_lengths[feature]
+        ends = self.bags.offsets[start * len(self.names) : stop * len(self.names) + 1]
+        return int(np.diff(ends)[feature :: len(self.names)].sum())
 
     def num_rows(self, feature: int, min_count: int) -> int:
         """Rows of a feature's table when ids seen less often than ``min_count`` in training share row 0."""
@@ -79,6 +103,34 @@ def save_meta(folder: Path, dataset_meta: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def save_dataset(folder: Path, dataset: PreparedDataset) -> None:
+    """Writes a dataset that is in memory as a prepared folder, whole or not at all."""
+    arrays: dict[str, NDArray[Any]] = {
+        "labels": dataset.labels,
+        "dense": dataset.dense,
+        "ids": dataset.ids if dataset.bags is None else dataset.bags.ids,
+        "counts": np.concatenate(dataset.counts),
+    }
+    if dataset.bags is not None:
+        arrays["offsets"] = dataset.bags.offsets
+    with written_whole(folder) as scratch:
+        for name, array in arrays.items():
+            np.save(scratch / f"{name}.npy", array)
+        save_meta(
+            scratch,
+            {
+                "source": dataset.source,
+                "num_rows": len(dataset.labels),
+                "dense": [f"I{k}" for k in range(1, dataset.dense.shape[1] + 1)],
+                "tables": dataset.names,
+                "bag_lengths": dataset.bag_lengths,
+                "ids_per_table": [len(counts) for counts in dataset.counts],
+                "splits": dataset.splits,
+                "variable_bags": dataset.bags is not None,
+            },
+        )
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The metadata of a prepared dataset; a UserError where the folder is not one of this version."""
     path = folder / "meta.json"
@@ -99,7 +151,8 @@ def open_prepared(folder: Path) -> PreparedDataset:
     """Maps a prepared dataset into memory, after checking that it is whole."""
     meta = read_meta(folder)
     try:
-        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("labels", "dense", "ids", "counts")}
+        names = ["labels", "dense", "ids", "counts"] + (["offsets"] if meta.get("variable_bags") else [])
+        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
         per_table = meta["ids_per_table"]
         shapes = {
             "labels": (meta["num_rows"],),
@@ -107,6 +160,11 @@ def open_prepared(folder: Path) -> PreparedDataset:
             "ids": (meta["num_rows"], sum(meta["bag_lengths"])),
             "counts": (sum(per_table),),
         }
+        bags = None
+        if "offsets" in arrays:
+            offsets = arrays["offsets"]
+            shapes |= {"offsets": (meta["num_rows"] * len(meta["tables"]) + 1,), "ids": (int(offsets[-1]),)}
+            bags = Bags(arrays["ids"], offsets, len(meta["tables"]))
         for name, shape in shapes.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"{name}.npy is {arrays[name].shape}, meta.json says {shape}")
@@ -119,6 +177,7 @@ def open_prepared(folder: Path) -> PreparedDataset:
             meta["bag_lengths"],
             {name: (int(a), int(b)) for name, (a, b) in meta["splits"].items()},
             meta["source"],
+            bags,
         )
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dlrm_xla_data.bags import Bags
 from dlrm_xla_data.prepared import PreparedDataset, day_split
 
 NUM_DENSE = 13
@@ -15,7 +16,11 @@ MISSING_SHARE = 0.05
 
 
 def synthesize(
-    num_rows: int, table_rows: Sequence[int], bag_lengths: Sequence[int] = (), seed: int = 0
+    num_rows: int,
+    table_rows: Sequence[int],
+    bag_lengths: Sequence[int] = (),
+    seed: int = 0,
+    variable_bags: bool = False,
 ) -> tuple[PreparedDataset, float]:
     """Rows whose click probability is known, and the AUC of that probability on the test rows.
 
@@ -25,7 +30,8 @@ def synthesize(
     Zipf distributed with exponent 1.05, a twentieth is missing. No model can be expected to do better on the test rows
     than the probability that drew their labels.
 
-    table_rows: rows of each table, id 0 included, kept even for ids that never occur; bag_lengths: ids per bag.
+    table_rows: rows of each table, id 0 included, kept even for ids that never occur; bag_lengths: ids per bag, or with
+    ``variable_bags`` the most per bag, where lengths are geometric, so that long bags are rare.
     """
     rng = np.random.default_rng(seed)
     bags = list(bag_lengths) or [1] * len(table_rows)
@@ -36,13 +42,17 @@ def synthesize(
     logits = (dense - 1) @ rng.normal(scale=0.5 / np.sqrt(NUM_DENSE), size=NUM_DENSE)
     factors = np.zeros((num_tables, num_rows), np.float32)
     all_ids = np.empty((num_rows, sum(bags)), np.int32)
+    lengths = _lengths(seed, num_rows, bags) if variable_bags else np.tile(np.array(bags), (num_rows, 1))
     counts = []
     for table, (rows, bag) in enumerate(zip(table_rows, bags, strict=True)):
         drawn = _zipf(rng, rows - 1, num_rows * bag)
         drawn[rng.random(len(drawn)) < MISSING_SHARE] = 0
         per_row = drawn.reshape(num_rows, bag)
-        logits += 1.0 / np.sqrt(num_tables) * _normal(seed, 2 * table, per_row).mean(1)
-        factors[table] = _normal(seed, 2 * table + 1, per_row).mean(1)
+        # An id of 0 has no effect, so a bag's sum is that of the ids that it has.
+        per_row[np.arange(bag) >= lengths[:, table : table + 1]] = 0
+        share = 1 / np.maximum(1, lengths[:, table])
+        logits += 1.0 / np.sqrt(num_tables) * _normal(seed, 2 * table, per_row).sum(1) * share
+        factors[table] = _normal(seed, 2 * table + 1, per_row).sum(1) * share
         ids, falling = _by_frequency(per_row, rows, num_train)
         all_ids[:, sum(bags[:table]) : sum(bags[: table + 1])] = ids
         counts.append(falling)
@@ -52,8 +62,26 @@ def synthesize(
     probability = 1 / (1 + np.exp(-logits))
     labels = (rng.random(num_rows) < probability).astype(np.int8)
     names = [f"C{k + 1}" for k in range(num_tables)]
-    dataset = PreparedDataset(labels, dense, all_ids, counts, names, bags, splits, {"synthetic": True, "seed": seed})
+    source = {"synthetic": True, "seed": seed}
+    packed = _packed(all_ids, lengths, bags) if variable_bags else None
+    dataset = PreparedDataset(labels, dense, all_ids, counts, names, bags, splits, source, packed)
     return dataset, _auc(labels, logits, splits["test"])
+
+
+def _lengths(seed: int, num_rows: int, bags: Sequence[int]) -> NDArray[np.int64]:
+    """Ids of each bag, [N, F], from 0: geometric with a mean of a quarter of the most."""
+    rng = np.random.default_rng([seed, 1])
+    drawn = np.stack(
+        [rng.geometric(min(1.0, 4 / (bag + 3)), num_rows) - rng.integers(0, 2, num_rows) for bag in bags], 1
+    )
+    limited: NDArray[np.int64] = np.minimum(drawn, np.array(bags))
+    return limited
+
+
+def _packed(all_ids: NDArray[np.int32], lengths: NDArray[np.int64], bags: Sequence[int]) -> Bags:
+    within = np.concatenate([np.arange(bag) for bag in bags])
+    kept = within < np.repeat(lengths, bags, axis=1)
+    return Bags(all_ids[kept], np.concatenate([[0], np.cumsum(lengths.ravel())]), len(bags))
 
 
 def _auc(labels: NDArray[np.int8], logits: NDArray[np.float64], part: tuple[int, int]) -> float:
