@@ -269,7 +269,7 @@ def _plain_dlrm(
     where = device.torch_device
 
     def repeat(k: int) -> None:
-        dense, ids, labels, _ = batches[k % NUM_BATCHES]
+        dense, ids, labels = batches[k % NUM_BATCHES][:3]
         step(dense.to(where), ids.to(where), labels.to(where))
 
     return repeat

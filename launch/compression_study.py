@@ -2,6 +2,7 @@
 
 python launch/compression_study.py --rows 10000 100000 1000000 --dim 16 64 128 --out study.json
 python launch/compression_study.py --rows 100000000 --dim 16 --file table.bin --out large.json
+python launch/compression_study.py --trained RUN/checkpoints/best.safetensors --rank 4 --out trained.json
 
 For tables of a decaying, a flat and a clustered spectrum: time, error over the least there is, and what the theorems of
 Halko, Martinsson and Tropp allow. ``--file`` keeps the table on disk, where it is read in blocks. Writes JSON, one
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ from dlrm_xla_plugins.directions import error_factor, gram, random_directions, t
 from torch import Tensor
 from tqdm import tqdm
 
+from dlrm_xla.devices import Device, open_device
+from dlrm_xla.errors import UserError
 from dlrm_xla.run_folder import versions
+from dlrm_xla.tensor_file import opened
 from dlrm_xla.trained_rows import BLOCK_ROWS, TrainedRows
 
 SPECTRA = ("decaying", "flat", "clustered")
@@ -70,6 +75,15 @@ def table(spectrum: str, rows: int, dim: int, file: Path | None) -> TrainedRows:
     return TrainedRows(read, rows, dim)
 
 
+def trained(path: Path) -> list[tuple[str, Callable[[], TrainedRows]]]:
+    """The larger exact tables of a checkpoint, and their names."""
+    with opened(path) as file:
+        names = [n for n in file.names if n.startswith("model.bags.") and n.endswith(".weight")]
+        large = sorted((n for n in names if file.shape(n)[0] >= 1000), key=lambda n: int(n.split(".")[2]))
+        tables = {n: file.tensor(n).clone() for n in large}
+    return [(f"table {n.split('.')[2]}", partial(TrainedRows.of, tensor)) for n, tensor in tables.items()]
+
+
 def lapack(rows: TrainedRows, rank: int) -> Tensor:
     """Leading directions by LAPACK's singular value decomposition of the whole table."""
     return torch.from_numpy(np.linalg.svd(rows.whole().numpy(), full_matrices=False)[2][:rank].copy())
@@ -83,22 +97,24 @@ def squared_loss(rows: TrainedRows, basis: Tensor) -> float:
     return total
 
 
-def methods(rows: TrainedRows, rank: int) -> dict[str, Callable[[], Tensor]]:
-    """Makers of bases [rank, D] by name; ours stream, LAPACK has the table whole."""
-    found: dict[str, Callable[[], Tensor]] = {"optimal, streamed": lambda: top_directions(rows, rank)}
+def methods(rows: TrainedRows, rank: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Makers of bases [rank, D] by name; ours stream, LAPACK has the table whole, on the host."""
+    found: dict[str, Callable[[], Tensor]] = {"optimal, streamed": lambda: top_directions(rows, rank, device)}
     for power in (0, 1, 2):
-        found[f"randomized, power {power}"] = lambda power=power: random_directions(rows, rank, power)
+        found[f"randomized, power {power}"] = lambda power=power: random_directions(rows, rank, power, device=device)
     if rows.num_rows * rows.dim <= LAPACK_NUMBERS:
         found["LAPACK"] = lambda: lapack(rows, rank)
     return found
 
 
-def measure(spectrum: str, rows: TrainedRows, rank: int, repeat: int) -> list[dict[str, Any]]:
+def measure(spectrum: str, rows: TrainedRows, rank: int, repeat: int, device: Device) -> list[dict[str, Any]]:
     """One object per method: median seconds, error over the least, and the bound of that where there is one."""
     eigenvalues = torch.linalg.eigvalsh(gram(rows)).flip(0).clamp(min=0)
     least = float(eigenvalues[rank:].sum())
     found = []
-    for name, make in methods(rows, rank).items():
+    for name, make in methods(rows, rank, device.torch_device).items():
+        if device.name == "xla":
+            make()  # compiles
         seconds = []
         for _ in range(repeat if name != "LAPACK" else 1):
             began = time.perf_counter()
@@ -107,6 +123,7 @@ def measure(spectrum: str, rows: TrainedRows, rank: int, repeat: int) -> list[di
         found.append(
             {
                 "name": name,
+                "device": "cpu" if name == "LAPACK" else device.name,
                 "spectrum": spectrum,
                 "rows": rows.num_rows,
                 "dim": rows.dim,
@@ -162,18 +179,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0, help="of the approximation; 0: an eighth of the width")
     parser.add_argument("--spectrum", choices=SPECTRA, nargs="+", default=list(SPECTRA))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda", "xla"], default="cpu")
+    parser.add_argument(
+        "--trained", type=Path, help="a checkpoint, whose exact tables of 1,000 rows and more are taken"
+    )
     parser.add_argument("--file", type=Path, help="keep the table there instead of in memory; removed afterwards")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, with a plot beside it")
     given = parser.parse_args(arguments)
-    for dim in given.dim:
+    for dim in given.dim if not given.trained else ():
         if not 0 <= given.rank < dim or dim < 8:
             print(f"error: --rank {given.rank} must be below --dim {dim}, and that at least 8", file=sys.stderr)
             return 2
     results: list[dict[str, Any]] = []
-    cases = [(s, r, d) for r in given.rows for d in given.dim for s in given.spectrum]
-    for spectrum, rows, dim in tqdm(cases, unit="table", file=sys.stderr):
-        made = table(spectrum, rows, dim, given.file)
-        for row in measure(spectrum, made, given.rank or dim // 8, given.repeat):
+    try:
+        device = open_device(given.device)
+        cases = (
+            trained(given.trained)
+            if given.trained
+            else [
+                (s, partial(table, s, r, d, given.file)) for r in given.rows for d in given.dim for s in given.spectrum
+            ]
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for spectrum, make in tqdm(cases, unit="table", file=sys.stderr):
+        made = make()
+        for row in measure(spectrum, made, given.rank or made.dim // 8, given.repeat, device):
             print(
                 f"{row['spectrum']:<10}{row['rows']:>12,} x {row['dim']:<5}rank {row['rank']:<4}{row['name']:<22}"
                 f"{row['seconds_median']:>9.3f} s  error {row['error']:.3f} x {row['error_over_least']:.4f}"
@@ -181,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             results.append(row)
         del made
-    if given.file:
+    if given.file and not given.trained:
         os.unlink(given.file)
     about = {"threads": torch.get_num_threads(), "versions": versions()}
     given.out.write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n")

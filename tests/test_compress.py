@@ -1,14 +1,18 @@
 """Bags made from trained tables, against numpy's own decompositions and least squares."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import launch_script, needs_xla
 from dlrm_xla_plugins.directions import random_directions, top_directions
 from dlrm_xla_plugins.quantized import dequantize, quantize, search_scales
 
 from dlrm_xla import trained_rows
 from dlrm_xla.compression import check_rows, set_table, table_error
 from dlrm_xla.contract import Table
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.rows import RowTable
@@ -172,3 +176,25 @@ def test_a_sample_is_of_different_rows_with_their_weights(weight, lookups):
     places = [(weight == row).all(1).nonzero().item() for row in rows]
     assert len(set(places)) == 100
     torch.testing.assert_close(weights, lookups[places])
+
+
+def test_the_study_compares_its_methods_and_its_bound(tmp_path, capsys):
+    study = launch_script("compression_study")
+    out = tmp_path / "s.json"
+    assert study.main(["--rows", "500", "--dim", "16", "--repeat", "1", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {r["spectrum"] for r in rows} == {"decaying", "flat", "clustered"}
+    for row in rows:
+        assert 1 - 1e-4 <= row["error_over_least"] <= row["bound"] + 1e-4
+    assert out.with_suffix(".png").stat().st_size > 0
+    assert study.main(["--rows", "500", "--dim", "16", "--rank", "16", "--out", str(out)]) == 2
+    assert "must be below --dim 16" in capsys.readouterr().err
+
+
+@needs_xla
+def test_directions_found_on_xla_are_those_found_on_the_host(weight, lookups):
+    xla = open_device("xla").torch_device
+    rows = TrainedRows.of(weight, lookups)
+    for find in (top_directions, random_directions):
+        here, there = find(rows, 3), find(rows, 3, device=xla)
+        torch.testing.assert_close(here.t() @ here, there.t() @ there, atol=1e-4, rtol=0)

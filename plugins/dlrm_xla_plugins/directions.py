@@ -9,27 +9,36 @@ from torch import Tensor
 
 from dlrm_xla.trained_rows import TrainedRows
 
+_HOST = torch.device("cpu")
 
-def top_directions(rows: TrainedRows, rank: int) -> Tensor:
+
+def top_directions(rows: TrainedRows, rank: int, device: torch.device = _HOST) -> Tensor:
     """The ``rank`` leading right singular vectors [rank, D] of W: no others lose less of W when rows are projected.
 
         W^T diag(w) W = V diag(sigma^2) V^T,   error^2 = sum of sigma_j^2, j > rank
 
-    One pass over the rows, D^2 numbers of memory, 2 R D^2 flops in float64. Eckart & Young 1936.
+    One pass over the rows, D^2 numbers of memory, 2 R D^2 flops in float64, on ``device``. Eckart & Young 1936.
     """
-    return _leading(gram(rows), rank)
+    return _leading(gram(rows, device), rank)
 
 
-def gram(rows: TrainedRows) -> Tensor:
-    """W^T diag(w) W, float64 [D, D]."""
+def gram(rows: TrainedRows, device: torch.device = _HOST) -> Tensor:
+    """W^T diag(w) W, float64 [D, D] on the host."""
     total = torch.zeros(rows.dim, rows.dim, dtype=torch.float64)
     for start, block in rows.blocks():
-        scaled = block.double() * rows.weights(start, len(block)).double().sqrt().unsqueeze(1)
-        total.addmm_(scaled.t(), scaled)
+        scaled = (block.double() * rows.weights(start, len(block)).double().sqrt().unsqueeze(1)).to(device)
+        total += (scaled.t() @ scaled).cpu()
     return total
 
 
-def random_directions(rows: TrainedRows, rank: int, power: int = 2, oversampling: int = 8, seed: int = 0) -> Tensor:
+def random_directions(
+    rows: TrainedRows,
+    rank: int,
+    power: int = 2,
+    oversampling: int = 8,
+    seed: int = 0,
+    device: torch.device = _HOST,
+) -> Tensor:
     """Nearly the ``rank`` leading directions [rank, D], by subspace iteration from l = rank + oversampling random ones.
 
         Y = W^T (W X), ``power`` + 1 times from a random X [D, l], orthonormal after each;  then the rank best of span Y
@@ -47,11 +56,13 @@ def random_directions(rows: TrainedRows, rank: int, power: int = 2, oversampling
     basis = torch.linalg.qr(basis).Q
     for _ in range(power + 1):
         total = torch.zeros(rows.dim, width, dtype=torch.float64)
+        there = basis.to(device)
         for start, block in rows.blocks():
-            seen = (block @ basis) * rows.weights(start, len(block)).unsqueeze(1)
-            total += block.t() @ seen
+            block, weights = block.to(device), rows.weights(start, len(block)).to(device)
+            total += (block.t() @ ((block @ there) * weights.unsqueeze(1))).cpu()
         basis = torch.linalg.qr(total).Q.float()
-    small = gram(rows.map(lambda block: block @ basis, width))
+    there = basis.to(device)
+    small = gram(rows.map(lambda block: (block.to(device) @ there).cpu(), width))
     found: Tensor = _leading(small, rank) @ basis.t()
     return found
 
