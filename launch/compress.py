@@ -81,7 +81,6 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     scratch = out / SCRATCH
     if not scratch.is_dir():
         check_out(str(out))
-    scratch.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".safetensors":
         path = _converted(path, scratch)
     about = checkpoint.read_about(path)
@@ -113,37 +112,19 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     del before_steps, source
     described = serving.describe(config, plan.bags, *dataset.shape)
     model = serving.build(described, DTYPES[config.row_precision])
+    scratch.mkdir(parents=True, exist_ok=True)
     with opened(path) as file:
         tables = _compress_tables(file, model, plan, dataset, config, weigh, scratch)
         _copy_dense(file, model)
-
     steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
     after = _scores(steps, loader, watch)
-    outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
-    folder = RunFolder(config, origins, resumed=out)
     base = base_rate_metrics(loader.labels("test").numpy(), dataset.click_rate("train"))
-    try:
-        folder.log({"step": 0, "samples": 0, **{f"validation_{k}": v for k, v in after["validation"].items()}})
-        saved = {
-            "step": 0,
-            "epoch": 0.0,
-            "outcome": dataclasses.asdict(outcome),
-            "metrics_bytes": folder.metrics_bytes,
-            "config": dataclasses.asdict(config),
-            "model": described,
-            "data": describe_data(dataset),
-            "versions": versions(),
-            "compressed_from": str(path),
-        }
-        folder.checkpoints.add(0, partial(steps.save, about=saved), best=True)
-        exact = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
-        report = launcher.make_report(config, plan, exact, steps, watch, outcome, after["test"], base, best_auc)
-        report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after}
-        report["compression"] = tables
-        folder.report(report)
-        (out / "compression.json").write_text(json.dumps(report, indent=1) + "\n")
-    finally:
-        folder.close()
+    exact = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
+    outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
+    report = launcher.make_report(config, plan, exact, steps, watch, outcome, after["test"], base, best_auc)
+    report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after, "compression": tables}
+    about = {"config": dataclasses.asdict(config), "model": described, "data": describe_data(dataset)}
+    _write_run(RunFolder(config, origins, resumed=out), steps, outcome, about, report)
     shutil.rmtree(scratch)
     _print(before, after, report, out)
     if not fine_tune:
@@ -158,6 +139,23 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     return code
 
 
+def _write_run(
+    folder: RunFolder, steps: Steps, outcome: Outcome, about: Mapping[str, Any], report: Mapping[str, Any]
+) -> None:
+    """A run that has done no step yet: its first checkpoint is what was compressed, and the best so far."""
+    try:
+        validation = {f"validation_{name}": value for name, value in report["after"]["validation"].items()}
+        folder.log({"step": 0, "samples": 0, **validation})
+        started = {"outcome": dataclasses.asdict(outcome), "metrics_bytes": folder.metrics_bytes}
+        whole = {"step": 0, "epoch": 0.0, **started, **about, "versions": versions()}
+        folder.checkpoints.add(0, partial(steps.save, about=whole), best=True)
+        folder.report(report)
+        # Training on writes another report.
+        shutil.copyfile(folder.path / "report.json", folder.path / "compression.json")
+    finally:
+        folder.close()
+
+
 def _default_out(path: Path, given: Mapping[str, Any]) -> Path:
     """A name that the same command finds again."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
@@ -169,6 +167,7 @@ def _default_out(path: Path, given: Mapping[str, Any]) -> Path:
 def _converted(path: Path, scratch: Path) -> Path:
     target = scratch / "source.safetensors"
     if not target.exists():
+        scratch.mkdir(parents=True, exist_ok=True)
         print(f"{path}: {convert.from_reference(path, target)}")
     return target
 

@@ -127,6 +127,7 @@ def test_weights_of_the_reference_script_are_a_source(small_log, tmp_path, capsy
 def test_bad_input_is_refused(trained, tmp_path, capsys, arguments, message):
     assert compress.main([str(trained), *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_data_damaged_rows_and_compressed_sources_are_refused(trained, small_log, tmp_path, capsys):
