@@ -42,9 +42,9 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
     torch.export.save(flexible, folder / TORCH)
     written = [TORCH]
     if open_xla_first():
-        from torch_xla.stablehlo import exported_program_to_stablehlo
+        from dlrm_xla.xla_export import save_stablehlo
 
-        exported_program_to_stablehlo(fixed).save(str(folder / STABLEHLO))
+        save_stablehlo(fixed, folder / STABLEHLO)
         written.append(STABLEHLO)
     interface = {
         "inputs": {"dense_BI": ["batch", described["num_dense"]], "ids_BS": ["batch", width]},

@@ -23,7 +23,7 @@ from dlrm_xla.batches import PackedBatch, Source, unpack
 from dlrm_xla.config import Config
 from dlrm_xla.contract import Refreshed
 from dlrm_xla.dense_optim import dense_optimizer
-from dlrm_xla.devices import Device
+from dlrm_xla.devices import Counters, Device
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import FiniteWatch, doubts
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
@@ -207,35 +207,31 @@ class GraphWatch:
     warn: Callable[[str], None] = lambda line: None
     compiles: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
-    _seen_compiles: int = 0
-    _seen_fallbacks: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    _seen: Counters = Counters()
 
     def __post_init__(self) -> None:
-        start = self.device.counters()
-        self._seen_compiles, self._seen_fallbacks = start.compiles, start.fallbacks
+        self._seen = self.device.counters()
 
     def after(self, phase: str, step: int, graphs: int = 1) -> None:
         """Looks at the counters after a step of a phase, whose first step may compile so many ``graphs``."""
         broken = len(self.broken)
         now = self.device.counters()
-        new = now.compiles - self._seen_compiles
+        new = now.compiles - self._seen.compiles
         if new:
             had = self.compiles.get(phase, 0)
             self.compiles[phase] = had + new
             if had or new > graphs:
                 self.broken.append(f"{phase} step {step}: compiled {had + new} graphs where {graphs} is enough")
         for name, count in now.fallbacks.items():
-            if count > self._seen_fallbacks.get(name, 0):
-                line = f"{name} runs on the CPU instead of the device"
-                if not any(line in b for b in self.broken):
-                    self.broken.append(f"{phase} step {step}: {line}")
-        self._seen_compiles = now.compiles
-        self.fallbacks = {n: c for n, c in now.fallbacks.items()}
-        self._seen_fallbacks = now.fallbacks
+            more = count - self._seen.fallbacks.get(name, 0)
+            if more and name not in self.fallbacks:
+                self.broken.append(f"{phase} step {step}: {name} runs on the CPU instead of the device")
+            if more:
+                self.fallbacks[name] = self.fallbacks.get(name, 0) + more
+        self._seen = now
         for line in self.broken[broken:]:
             self.warn(f"one-graph rule broken: {line}")
-
-    fallbacks: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
