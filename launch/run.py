@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import use_checkpoint
-from dlrm_xla_data.criteo import open_log
 from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_in_training
 from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.prepare import open_log
 from dlrm_xla_data.prepared import SPLITS, PreparedDataset, open_prepared
 from dlrm_xla_data.synthetic import synthesize
 from torch import nn

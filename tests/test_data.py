@@ -9,11 +9,13 @@ import math
 import numpy as np
 import pytest
 from conftest import criteo_line
-from dlrm_xla_data import criteo, prepared
+from dlrm_xla_data import layout, lines, prepare, prepared, raw_columns
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla.errors import UserError
+
+CRITEO = (layout.criteo(), prepare.Options())
 
 
 def slow_reading(path, num_train):
@@ -31,8 +33,8 @@ def slow_reading(path, num_train):
 
 
 def test_preparing_equals_the_slow_reading(small_log, tmp_path, monkeypatch):
-    monkeypatch.setattr(criteo, "BLOCK_BYTES", 8192)  # many blocks
-    data = criteo.open_log(small_log, tmp_path / "cache")
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 8192)  # many blocks
+    data = prepare.open_log(small_log, tmp_path / "cache")
     labels, dense, ids = slow_reading(small_log, 600)
     np.testing.assert_array_equal(data.labels, labels)
     np.testing.assert_allclose(data.dense, dense, rtol=1e-6)
@@ -44,24 +46,24 @@ def test_preparing_equals_the_slow_reading(small_log, tmp_path, monkeypatch):
 def test_gzip_and_plain_are_the_same_and_the_copy_is_used_again(small_log, tmp_path, monkeypatch):
     packed = tmp_path / "small.tsv.gz"
     packed.write_bytes(gzip.compress(small_log.read_bytes()))
-    first = criteo.open_log(packed, None)
+    first = prepare.open_log(packed, None)
     assert (tmp_path / "small.tsv.gz.prepared" / "meta.json").is_file()
-    np.testing.assert_array_equal(first.ids, criteo.open_log(small_log, None).ids)
-    monkeypatch.setattr(criteo, "prepare", lambda *a: pytest.fail("prepared twice"))
-    np.testing.assert_array_equal(criteo.open_log(packed, None).ids, first.ids)
+    np.testing.assert_array_equal(first.ids, prepare.open_log(small_log, None).ids)
+    monkeypatch.setattr(prepare, "prepare", lambda *a: pytest.fail("prepared twice"))
+    np.testing.assert_array_equal(prepare.open_log(packed, None).ids, first.ids)
 
 
 def test_a_changed_log_is_prepared_again(small_log, tmp_path):
-    assert len(criteo.open_log(small_log, tmp_path / "c").labels) == 700
+    assert len(prepare.open_log(small_log, tmp_path / "c").labels) == 700
     small_log.write_text(small_log.read_text() + criteo_line(np.random.default_rng(9)) + "\n")
-    assert len(criteo.open_log(small_log, tmp_path / "c").labels) == 701
+    assert len(prepare.open_log(small_log, tmp_path / "c").labels) == 701
 
 
 def test_windows_line_ends_and_short_categories(small_log, tmp_path):
     text = small_log.read_text()
     other = tmp_path / "crlf.tsv"
     other.write_bytes(text.replace("\n", "\r\n").encode())
-    np.testing.assert_array_equal(criteo.open_log(other, None).ids, criteo.open_log(small_log, None).ids)
+    np.testing.assert_array_equal(prepare.open_log(other, None).ids, prepare.open_log(small_log, None).ids)
 
 
 def test_day_split_of_the_reference():
@@ -97,7 +99,6 @@ def replaced(line_number, column, value):
         (lambda lines: lines.__setitem__(10, "\t".join(lines[10].split("\t")[:30])), r"line 11: 30 tab-separated"),
         (lambda lines: lines.__setitem__(0, lines[0].split("\t", 1)[1]), r"line 1: 39 columns.*unlabelled test form"),
         (lambda lines: lines.__setitem__(slice(None), [x.split("\t", 1)[1] for x in lines]), "unlabelled test form"),
-        (lambda lines: lines.insert(50, ""), r"line 51: 1 tab-separated columns"),
     ],
 )
 def test_bad_lines_are_named(small_log, tmp_path, edit, match):
@@ -105,28 +106,28 @@ def test_bad_lines_are_named(small_log, tmp_path, edit, match):
     edit(lines)
     small_log.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=match):
-        criteo.open_log(small_log, tmp_path / "cache")
+        prepare.open_log(small_log, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir()), "nothing half-written stays"
 
 
 def test_missing_empty_and_truncated_logs(small_log, tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
-        criteo.open_log(tmp_path / "nothing.tsv", None)
+        prepare.open_log(tmp_path / "nothing.tsv", None)
     empty = tmp_path / "empty.tsv"
     empty.touch()
     with pytest.raises(UserError, match="is empty"):
-        criteo.open_log(empty, None)
+        prepare.open_log(empty, None)
     packed = tmp_path / "cut.tsv.gz"
     whole = gzip.compress(small_log.read_bytes())
     packed.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"truncated gzip.*after line \d+"):
-        criteo.open_log(packed, None)
+        prepare.open_log(packed, None)
     packed.write_bytes(whole[:500] + b"\0" * 40 + whole[540:])
     with pytest.raises(UserError, match=r"cut.tsv.gz"):
-        criteo.open_log(packed, None)
+        prepare.open_log(packed, None)
     packed.write_bytes(gzip.compress(b""))
     with pytest.raises(UserError, match="no lines"):
-        criteo.open_log(packed, None)
+        prepare.open_log(packed, None)
     assert not list(tmp_path.glob("*.prepared*"))
 
 
@@ -134,25 +135,61 @@ def test_a_full_disk_is_told_and_leaves_nothing(small_log, tmp_path, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(criteo, "_write", full)
+    monkeypatch.setattr(raw_columns.RawColumns, "append", full)
     with pytest.raises(UserError, match=r"disk is full.*--data-cache"):
-        criteo.open_log(small_log, None)
+        prepare.open_log(small_log, None)
     assert not list(tmp_path.glob("*.prepared*"))
 
 
-def test_interrupted_preparation_leaves_nothing(small_log, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def test_preparation_interrupted_anywhere_goes_on_to_the_same_dataset(small_log, tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(prepare, "MARK_BYTES", 20_000)
+    whole = prepare.open_log(small_log, tmp_path / "whole")
+    spots = {
+        (raw_columns.RawColumns, "append"): (1, 5, 12),
+        (raw_columns.RawColumns, "mark"): (1, 3),
+        (prepare, "_write_ids"): (1, 20),
+        (prepare, "assemble"): (1,),
+        (prepare, "save_meta"): (1,),
+    }
+    log = tmp_path / "again" / small_log.name
+    log.parent.mkdir()
+    log.write_bytes(small_log.read_bytes())
+    interruptions = 0
+    for (owner, name), calls in spots.items():
+        real = getattr(owner, name)
+        for call in calls:
+            count = 0
 
-    monkeypatch.setattr(criteo, "_write_ids", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        criteo.open_log(small_log, None)
-    assert not list(tmp_path.glob("*.prepared*"))
+            def counting(*given, real=real, call=call):
+                nonlocal count
+                count += 1
+                if count == call:
+                    raise KeyboardInterrupt
+                return real(*given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, counting)
+                with pytest.raises(KeyboardInterrupt):
+                    prepare.open_log(log, None)
+            interruptions += 1
+            assert not (log.parent / "small.tsv.prepared").exists()
+            with pytest.raises(UserError, match="no meta"):
+                prepared.open_prepared(log.parent / "small.tsv.prepared.unfinished")
+    again = prepare.open_log(log, None)
+    assert interruptions == 9
+    for name in ("labels", "dense", "ids"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    first, second = (
+        prepared.read_meta(f) for f in (tmp_path / "whole" / "small.tsv.prepared", log.parent / "small.tsv.prepared")
+    )
+    assert {k: v for k, v in first.items() if k != "key"} == {k: v for k, v in second.items() if k != "key"}
+    assert sorted(f.name for f in log.parent.iterdir()) == ["small.tsv", "small.tsv.prepared"]
 
 
 def test_prepared_folders_that_are_not_whole_are_refused(small_log, tmp_path):
     folder = tmp_path / "p"
-    criteo.prepare(small_log, folder)
+    prepare.prepare([small_log], folder, *CRITEO)
     meta = (folder / "meta.json").read_text()
     (folder / "meta.json").write_text(json.dumps(json.loads(meta) | {"format": "dlrm_xla prepared 0"}))
     with pytest.raises(UserError, match=r"prepared 0.*this version reads"):
@@ -171,7 +208,7 @@ def test_prepared_folders_that_are_not_whole_are_refused(small_log, tmp_path):
 
 
 def test_batches_hold_every_row_once_and_pad_the_last(small_log):
-    data = criteo.open_log(small_log, None)
+    data = prepare.open_log(small_log, None)
     loader = Loader(data, 64, seed=5)
     batches = list(loader.batches("train", 0))
     assert len(batches) == loader.num_batches("train") == 10
@@ -183,7 +220,7 @@ def test_batches_hold_every_row_once_and_pad_the_last(small_log):
 
 
 def test_order_depends_on_seed_and_epoch_alone(small_log):
-    data = criteo.open_log(small_log, None)
+    data = prepare.open_log(small_log, None)
 
     def first(seed, epoch):
         return next(Loader(data, 64, seed=seed).batches("train", epoch)).ids_BS.numpy()
@@ -196,7 +233,7 @@ def test_order_depends_on_seed_and_epoch_alone(small_log):
 
 
 def test_minimum_count_folds_rare_ids_into_the_row_of_missing_ones(small_log):
-    data = criteo.open_log(small_log, None)
+    data = prepare.open_log(small_log, None)
     loader = Loader(data, 700, min_count=3)
     for f in range(26):
         assert loader.num_rows[f] == 1 + (data.counts[f] >= 3).sum()
@@ -252,4 +289,4 @@ def test_commas_instead_of_tabs_are_recognised(tmp_path):
     log = tmp_path / "avazu.csv"
     log.write_text("id,click,hour\n1,0,14102100\n" * 20)
     with pytest.raises(UserError, match=r"line 1: 1 tab-separated columns, .*Commas separate"):
-        criteo.open_log(log, tmp_path)
+        prepare.open_log(log, tmp_path)

@@ -60,7 +60,7 @@ import dlrm_xla.contract, dlrm_xla.registry, dlrm_xla.rows, dlrm_xla.row_optim, 
 import dlrm_xla.devices, dlrm_xla.batches, dlrm_xla.dense_optim, dlrm_xla.metrics, dlrm_xla.checkpoint
 import dlrm_xla.run_folder, dlrm_xla.train
 import dlrm_xla_plugins.tensor_train, dlrm_xla_plugins.hashing, dlrm_xla_plugins.projection
-import dlrm_xla_data.loader, dlrm_xla_data.criteo
+import dlrm_xla_data.loader, dlrm_xla_data.prepare
 print(dlrm_xla.devices.open_device("cpu").name)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -4,7 +4,7 @@
     dense.npy    float32 [N, I]  transformed, missing is 0
     ids.npy      int32   [N, S]  slots of all features side by side; 0 missing or unseen in training
     counts.npy   int64   [sum]   for each feature, how often its ids 1, 2, ... occur in training (falling)
-    meta.json    format, source, dense and table names, bag lengths, ids per table, splits; written last
+    meta.json    format, source, dense and table names, bag lengths, ids per table, splits, checksums; written last
 
 Where bags vary in length, meta.json has ``"variable_bags": true``, bag lengths are those of the longest, and
 
@@ -33,6 +33,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla_data.bags import Bags
 
 FORMAT = "dlrm_xla prepared 1"
+VERIFIED = "verified.json"
 SPLITS = ("train", "test", "validation")
 
 
@@ -148,8 +149,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def open_prepared(folder: Path) -> PreparedDataset:
-    """Maps a prepared dataset into memory, after checking that it is whole."""
+    """Maps a prepared dataset into memory, after checking that it is whole, and as it was if it was verified."""
     meta = read_meta(folder)
+    _as_verified(folder)
     try:
         names = ["labels", "dense", "ids", "counts"] + (["offsets"] if meta.get("variable_bags") else [])
         arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
@@ -185,16 +187,42 @@ def open_prepared(folder: Path) -> PreparedDataset:
         ) from error
 
 
+def file_marks(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the last change of each file of a dataset: what tells cheaply that one was touched."""
+    states = {f.name: f.stat() for f in sorted(folder.iterdir()) if f.suffix == ".npy" or f.name == "meta.json"}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _as_verified(folder: Path) -> None:
+    path = folder / VERIFIED
+    if not path.is_file():
+        return
+    try:
+        marks = json.loads(path.read_text())
+    except ValueError:
+        marks = {}
+    now = file_marks(folder)
+    changed = [name for name in {**marks, **now} if marks.get(name) != now.get(name)]
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]} changed after the dataset was verified. Run "
+            f"`python -m dlrm_xla_data verify {folder}` again."
+        )
+
+
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path, resumable: bool = False) -> Iterator[Path]:
     """A scratch folder that gets its real name when the block ends well, and vanishes when it does not.
 
-    A full disk and a folder that may not be written are told as what they are.
+    What is ``resumable`` stays when it is interrupted, and is there again the next time. A full disk and a folder that
+    may not be written are told as what they are.
     """
     scratch = folder.with_name(f"{folder.name}.unfinished")
+    keep = False
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        if not resumable:
+            shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True, exist_ok=True)
         yield scratch
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -207,5 +235,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise UserError(f"cannot write {folder}: {error.strerror}. Give --data-cache a folder of yours.") from error
         raise
+    except (KeyboardInterrupt, SystemExit):
+        keep = resumable
+        raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -51,8 +51,8 @@ def synthesize(
         # An id of 0 has no effect, so a bag's sum is that of the ids that it has.
         per_row[np.arange(bag) >= lengths[:, table : table + 1]] = 0
         share = 1 / np.maximum(1, lengths[:, table])
-        logits += 1.0 / np.sqrt(num_tables) * _normal(seed, 2 * table, per_row).sum(1) * share
-        factors[table] = _normal(seed, 2 * table + 1, per_row).sum(1) * share
+        logits += 1.0 / np.sqrt(num_tables) * normal(seed, 2 * table, per_row).sum(1) * share
+        factors[table] = normal(seed, 2 * table + 1, per_row).sum(1) * share
         ids, falling = _by_frequency(per_row, rows, num_train)
         all_ids[:, sum(bags[:table]) : sum(bags[: table + 1])] = ids
         counts.append(falling)
@@ -92,12 +92,16 @@ def _auc(labels: NDArray[np.int8], logits: NDArray[np.float64], part: tuple[int,
 
 
 def _zipf(rng: np.random.Generator, largest: int, size: int) -> NDArray[np.int64]:
-    """Ranks 1 to ``largest``, P(r) about r^-1.05: the density inverted on [1, largest + 1), rounded down."""
-    if largest < 1:
-        return np.zeros(size, np.int64)
-    power = 1 - ZIPF_EXPONENT
-    uniform = rng.random(size)
-    ranks = ((float(largest + 1) ** power - 1) * uniform + 1) ** (1 / power)
+    return zipf_ranks(rng.random(size), largest, ZIPF_EXPONENT) if largest >= 1 else np.zeros(size, np.int64)
+
+
+def zipf_ranks(uniform: NDArray[np.float64], largest: int, exponent: float) -> NDArray[np.int64]:
+    """Ranks 1 to ``largest``, P(r) about r^-exponent: the density inverted on [1, largest + 1), rounded down."""
+    power = 1 - exponent
+    if abs(power) < 1e-9:
+        ranks = float(largest + 1) ** uniform
+    else:
+        ranks = ((float(largest + 1) ** power - 1) * uniform + 1) ** (1 / power)
     clipped: NDArray[np.int64] = np.minimum(ranks.astype(np.int64), largest)
     return clipped
 
@@ -112,19 +116,20 @@ def _by_frequency(ids: NDArray[np.int64], rows: int, num_train: int) -> tuple[ND
     return renamed[ids], counts[order].astype(np.int64)
 
 
-def _normal(seed: int, stream: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def normal(seed: int, stream: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """A standard normal number for each (seed, stream, id), the same wherever it occurs; 0 for id 0.
 
     Two rounds of splitmix64 (Steele et al. 2014) and Box-Muller, so no table of effects is kept.
     """
     key = np.array([(seed * 1_000_003 + stream) % 2**64], dtype=np.uint64)
-    first = _splitmix(ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + _splitmix(key))
-    uniform = [(x >> np.uint64(11)).astype(np.float64) / 2**53 for x in (first, _splitmix(first))]
+    first = splitmix(ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + splitmix(key))
+    uniform = [(x >> np.uint64(11)).astype(np.float64) / 2**53 for x in (first, splitmix(first))]
     normal = np.sqrt(-2 * np.log1p(-uniform[0])) * np.cos(2 * np.pi * uniform[1])
     return np.where(ids == 0, 0, normal).astype(np.float32)
 
 
-def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)

@@ -1,0 +1,164 @@
+"""Prepares, checks, describes and makes datasets: ``python -m dlrm_xla_data COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dlrm_xla.errors import UserError
+from dlrm_xla.presets import MLPERF_V2_BAGS
+from dlrm_xla_data.generator import Recipe, generate
+from dlrm_xla_data.prepare import FORMATS, Options, find_layout, find_sources, prepare
+from dlrm_xla_data.prepared import open_prepared
+from dlrm_xla_data.protocols import PROTOCOLS
+from dlrm_xla_data.statistics import table_text, write_statistics
+from dlrm_xla_data.verify import verify
+from dlrm_xla_data.vocabulary import Limits
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """3,2,1 -> (3, 2, 1); 10x4 -> (10, 10, 10, 10)."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        value, _, times = part.lower().partition("x")
+        try:
+            numbers += [int(float(value))] * (int(times) if times else 1)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{part!r}: expected numbers such as 3,2,1 or 1000x26") from error
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError("all numbers must be at least 1")
+    return tuple(numbers)
+
+
+def _bags(text: str) -> tuple[int, ...]:
+    return tuple(MLPERF_V2_BAGS) if text == "mlperf_v2" else _numbers(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dlrm_xla_data", description="Data of dlrm_xla; see docs/data.md.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    new = argparse.ArgumentDefaultsHelpFormatter
+
+    made = commands.add_parser("prepare", help="raw logs -> a prepared dataset", formatter_class=new)
+    made.add_argument("source", type=Path, help="a file, or a folder of files in the order of their names")
+    made.add_argument("dest", type=Path, help="the folder to make; it appears when it is whole")
+    made.add_argument("--format", required=True, help=f"{', '.join(FORMATS)}, or a YAML file that describes columns")
+    made.add_argument("--protocol", default=None, help=f"{', '.join(PROTOCOLS)}; by default the format's own")
+    made.add_argument("--min-count", type=int, default=1, help="ids seen less often in training become 0")
+    made.add_argument("--max-rows", type=int, default=0, help="most rows of a table, row 0 included; 0: any number")
+    made.add_argument("--tail", default="cut", help="ids beyond --max-rows: cut (become 0) or hash (share the others)")
+    made.add_argument(
+        "--max-bad-rows", type=int, default=0, help="rows that may be left out for not being of the format"
+    )
+    made.add_argument(
+        "--multi-hot", type=_bags, default=(), help="bags of several ids from one: 3,2,1,... or mlperf_v2"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of random splits and of --multi-hot")
+
+    checked = commands.add_parser("verify", help="checks a prepared dataset, reading all of it")
+    checked.add_argument("folder", type=Path)
+
+    told = commands.add_parser("stats", help="tables of a prepared dataset: a table, stats.json, stats.png")
+    told.add_argument("folder", type=Path)
+    told.add_argument("--out", type=Path, default=None, help="where the files go; by default the current folder")
+
+    drawn = commands.add_parser("synthesize", help="a dataset with a planted signal", formatter_class=new)
+    drawn.add_argument("dest", type=Path)
+    drawn.add_argument("--rows", type=lambda t: int(float(t)), default=1_000_000)
+    drawn.add_argument("--tables", type=_numbers, default="10000x26", help="rows of each table: 1e6,1000x25")
+    drawn.add_argument("--bags", type=_bags, default=(), help="ids per bag, one number for each table, or mlperf_v2")
+    drawn.add_argument("--zipf", type=float, nargs="+", default=[1.05], help="exponent of all tables, or of each")
+    drawn.add_argument(
+        "--correlation", type=float, default=0.0, help="chance that a feature follows the row's own draw"
+    )
+    drawn.add_argument("--strength", type=float, default=1.0, help="standard deviation of the logit")
+    drawn.add_argument("--click-rate", type=float, default=0.25, help="of the logit's middle")
+    drawn.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0, 1 for a dataset that is not sound, 2 for a mistake, 130 for Ctrl-C."""
+    given = _parser().parse_args(argv)
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        return int(_COMMANDS[given.command](given))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _prepare(given: argparse.Namespace) -> int:
+    files = find_sources(given.source, given.format)
+    layout, protocol = find_layout(given.format, files)
+    if given.multi_hot and (layout.variable_bags or len(given.multi_hot) != len(layout.categories)):
+        raise UserError(
+            f"--multi-hot needs one number for each of the {len(layout.categories)} categories, all with one value a "
+            f"row; {len(given.multi_hot)} were given"
+        )
+    if given.dest.exists():
+        raise UserError(f"{given.dest} exists already. Delete it, or name another folder.")
+    options = Options(
+        given.protocol or protocol,
+        Limits(given.min_count, given.max_rows, given.tail),
+        given.max_bad_rows,
+        given.seed,
+        given.multi_hot,
+    )
+    dataset = prepare(files, given.dest, layout, options)
+    for name, (start, stop) in dataset.splits.items():
+        print(f"{name:11s} {stop - start:,} rows, click rate {dataset.click_rate(name):.4f}")
+    print(f"tables      {len(dataset.names)}, {sum(1 + len(c) for c in dataset.counts):,} rows")
+    print(f"next        python launch/run.py --data {given.dest}")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    problems = verify(given.folder)
+    for problem in problems:
+        print(f"wrong: {problem}")
+    print(f"{given.folder}: {'sound' if not problems else 'NOT sound: prepare it again'}")
+    return 1 if problems else 0
+
+
+def _stats(given: argparse.Namespace) -> int:
+    out = given.out or Path()
+    found = write_statistics(given.folder, open_prepared(given.folder), out)
+    print(table_text(found))
+    print(f"written to {out / 'stats.json'} and {out / 'stats.png'}")
+    return 0
+
+
+def _synthesize(given: argparse.Namespace) -> int:
+    recipe = Recipe(
+        num_rows=given.rows,
+        table_rows=given.tables,
+        bag_lengths=given.bags or (1,) * len(given.tables),
+        zipf=tuple(given.zipf) * len(given.tables) if len(given.zipf) == 1 else tuple(given.zipf),
+        correlation=given.correlation,
+        strength=given.strength,
+        click_rate=given.click_rate,
+        seed=given.seed,
+    )
+    best = generate(given.dest, replace(recipe))
+    print(
+        f"best AUC that any model could reach on the test rows: {best['auc']:.4f}, best log loss {best['log_loss']:.4f}"
+    )
+    return 0
+
+
+_COMMANDS = {"prepare": _prepare, "verify": _verify, "stats": _stats, "synthesize": _synthesize}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""What columns a raw log has and what becomes of them: the public logs by name, any other from a small YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlrm_xla.errors import UserError, choices
+
+TRANSFORMS = ("none", "log1p")
+HEX, NUMBER, TEXT = "hexadecimal", "integer", "text"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A categorical column: how its values are written, and for several in one field what separates them."""
+
+    name: str
+    kind: str = TEXT
+    separator: str = ""
+    at_most: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns of a log and their use.
+
+    ``columns`` are those of the file in order, None where its first line names them. ``label`` is 1 where its column
+    says 1 or, with ``above``, more than that. ``dense`` gives each number's transform: "none", or "log1p",
+    log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole. ``derive`` makes further columns from
+    the file's. ``time`` or ``split`` name a column that decides a row's part. ``parquet``: files are Parquet.
+    """
+
+    name: str
+    columns: tuple[str, ...] | None
+    delimiter: str
+    label: str
+    dense: dict[str, str]
+    categories: tuple[Category, ...]
+    above: float | None = None
+    quoted: bool = False
+    integers: bool = False
+    derive: Callable[[Any], Any] | None = None
+    derived: tuple[str, ...] = ()
+    time: str | None = None
+    split: str | None = None
+    parquet: bool = False
+    check: Callable[[list[bytes]], str | None] = lambda fields: None
+
+    @property
+    def needed(self) -> list[str]:
+        """Columns that the file must have, each once."""
+        optional = [name for name in (self.time, self.split) if name]
+        names = [self.label, *self.dense, *(c.name for c in self.categories), *optional]
+        return [n for n in dict.fromkeys(names) if n not in self.derived]
+
+    @property
+    def header(self) -> bool:
+        """Whether the first line of each file names the columns."""
+        return self.columns is None and not self.parquet
+
+    @property
+    def variable_bags(self) -> bool:
+        """Whether any column holds several values a row."""
+        return any(c.separator or c.at_most > 1 for c in self.categories)
+
+    def kind(self, name: str) -> str:
+        """How a category's values are written."""
+        return next((c.kind for c in self.categories if c.name == name), TEXT)
+
+    def with_columns(self, names: Sequence[str], file: Path) -> Layout:
+        """The same for a file that has these columns; UserError where one is missing."""
+        missing = [n for n in self.needed if n not in names]
+        if missing:
+            raise UserError(f"{file} has no column {missing[0]!r}: {choices(missing[0], names)}")
+        return replace(self, columns=tuple(names))
+
+
+def criteo() -> Layout:
+    """Criteo's click logs: label, 13 integers, 26 hashed categories, tab-separated, without a header.
+
+    Dense: log(max(x, 0) + 1) (facebookresearch/dlrm, data_utils.py).
+    """
+    integers = [f"I{k}" for k in range(1, 14)]
+    names = [f"C{k}" for k in range(1, 27)]
+    return Layout(
+        name="criteo",
+        columns=("label", *integers, *names),
+        delimiter="\t",
+        label="label",
+        dense=dict.fromkeys(integers, "log1p"),
+        categories=tuple(Category(n, HEX) for n in names),
+        integers=True,
+        check=_criteo_hint,
+    )
+
+
+def _criteo_hint(fields: list[bytes]) -> str | None:
+    if len(fields) == 39:
+        return (
+            "39 columns, and no label: this is the unlabelled test form of the Criteo log. "
+            "Training needs the labelled one (train.txt, 40 columns)."
+        )
+    if len(fields) == 1 and fields[0].count(b",") > 1:
+        return (
+            "1 tab-separated columns, expected 40. Commas separate its columns, so this is not Criteo's format "
+            "(Avazu's logs look like this: --format avazu)"
+        )
+    return None
+
+
+_AVAZU_HEX = """site_id site_domain site_category app_id app_domain app_category device_id device_ip
+    device_model""".split()
+_AVAZU_NUMBERS = "C1 banner_pos device_type device_conn_type C14 C15 C16 C17 C18 C19 C20 C21".split()
+
+
+def avazu() -> Layout:
+    """Avazu's click log: CSV with a header; click, hour as YYMMDDHH, 21 categories.
+
+    The hour gives two dense features, sine and cosine of the time of day, and two categories, hour and weekday.
+    """
+    return Layout(
+        name="avazu",
+        columns=None,
+        delimiter=",",
+        label="click",
+        dense={"hour_sine": "none", "hour_cosine": "none"},
+        categories=tuple(
+            [Category(n, NUMBER) for n in _AVAZU_NUMBERS]
+            + [Category(n, HEX) for n in _AVAZU_HEX]
+            + [Category("hour_of_day", NUMBER), Category("weekday", NUMBER)]
+        ),
+        derive=_avazu_hours,
+        derived=("hour_sine", "hour_cosine", "hour_of_day", "weekday"),
+        time="hour",
+    )
+
+
+def _avazu_hours(table: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    stamps = table.column("hour").to_numpy().astype(np.int64)
+    hours = stamps % 100
+    dates = np.char.add("20", np.char.zfill((stamps // 100).astype(str), 6))
+    days, which = np.unique(dates, return_inverse=True)
+    weekdays = np.array([np.datetime64(f"{d[:4]}-{d[4:6]}-{d[6:]}", "D").astype(np.int64) + 3 for d in days], np.int64)
+    angle = hours * (2 * np.pi / 24)
+    for name, values in (
+        ("hour_sine", np.sin(angle)),
+        ("hour_cosine", np.cos(angle)),
+        ("hour_of_day", hours),
+        ("weekday", weekdays[which] % 7),
+    ):
+        table = table.append_column(name, pa.array(values))
+    return table
+
+
+def movielens(file: Path) -> Layout:
+    """MovieLens ratings as clicks: rating above 3 is one; user and movie are categories, the time decides the parts.
+
+    ``ratings.dat`` of MovieLens 1M (fields parted by ::) or ``u.data`` of 100k (tabs). One dense feature is the
+    logarithm of the time since 1970, as a model needs one.
+    """
+    # Fields of MovieLens 1M are parted by two colons: to a reader that parts at one, every other field is empty.
+    if file.suffix == ".dat":
+        columns: tuple[str, ...] = ("user", "_1", "movie", "_2", "rating", "_3", "timestamp")
+        delimiter = ":"
+    else:
+        columns, delimiter = ("user", "movie", "rating", "timestamp"), "\t"
+    return Layout(
+        name="movielens",
+        columns=columns,
+        delimiter=delimiter,
+        label="rating",
+        above=3,
+        dense={"timestamp": "log1p"},
+        categories=(Category("user", NUMBER), Category("movie", NUMBER)),
+        time="timestamp",
+    )
+
+
+_KEYS = ("format", "delimiter", "quoted", "columns", "label", "dense", "categories", "time", "split")
+
+
+def from_yaml(path: Path) -> Layout:
+    """A layout from a YAML file.
+
+        format: csv                       # or parquet
+        delimiter: ","
+        columns: [a, b, c]                # only where files have no header
+        label: clicked                    # or {column: rating, above: 3}
+        dense: {price: log1p, age: none}
+        categories:
+          - user                          # text
+          - {column: item, kind: integer} # or hexadecimal, up to 8 digits
+          - {column: tags, separator: "|", at_most: 8}
+        time: seconds                     # or split: part, with train, test and validation
+
+    Raises UserError with the file and, where YAML itself is broken, the line.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} must be a mapping with the keys {', '.join(_KEYS)}")
+    for key in loaded:
+        if key not in _KEYS:
+            raise UserError(f"{path}: unknown key {key!r}; {choices(str(key), _KEYS)}")
+    for key in ("label", "categories"):
+        if not loaded.get(key):
+            raise UserError(f"{path}: {key} is missing")
+    kind = str(loaded.get("format", "csv"))
+    if kind not in ("csv", "parquet"):
+        raise UserError(f"{path}: format is {kind!r}; {choices(kind, ('csv', 'parquet'))}")
+    delimiter = str(loaded.get("delimiter", ","))
+    if len(delimiter.encode()) != 1:
+        raise UserError(f"{path}: delimiter is {delimiter!r}, but must be one character")
+    if loaded.get("time") and loaded.get("split"):
+        raise UserError(f"{path}: give either time or split, not both")
+    label = loaded["label"]
+    above = None
+    if isinstance(label, dict):
+        above = _number(path, "label: above", label.get("above"))
+        label = label.get("column")
+    dense = loaded.get("dense") or {}
+    if isinstance(dense, list):
+        dense = dict.fromkeys(dense, "none")
+    for name, transform in dense.items():
+        if transform not in TRANSFORMS:
+            raise UserError(f"{path}: dense column {name!r}: {choices(str(transform), TRANSFORMS)}")
+    if not dense:
+        raise UserError(f"{path}: dense names no column; DLRM needs at least one number a row")
+    columns = loaded.get("columns")
+    layout = Layout(
+        name=path.name,
+        columns=tuple(str(c) for c in columns) if columns else None,
+        delimiter=delimiter,
+        label=str(label),
+        above=above,
+        dense={str(name): str(transform) for name, transform in dense.items()},
+        categories=tuple(_category(path, entry) for entry in loaded["categories"]),
+        quoted=bool(loaded.get("quoted", kind == "csv")),
+        time=loaded.get("time"),
+        split=loaded.get("split"),
+        parquet=kind == "parquet",
+    )
+    names = [c.name for c in layout.categories]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise UserError(f"{path}: categories name {twice[0]!r} twice")
+    return layout.with_columns(layout.columns, path) if layout.columns else layout
+
+
+def _category(path: Path, entry: Any) -> Category:
+    if not isinstance(entry, dict):
+        return Category(str(entry))
+    known = ("column", "kind", "separator", "at_most")
+    for key in entry:
+        if key not in known:
+            raise UserError(f"{path}: categories: unknown key {key!r}; {choices(str(key), known)}")
+    if "column" not in entry:
+        raise UserError(f"{path}: categories: an entry without a column: {entry}")
+    kind = str(entry.get("kind", TEXT))
+    if kind not in (HEX, NUMBER, TEXT):
+        raise UserError(f"{path}: category {entry['column']!r}: kind {choices(kind, (HEX, NUMBER, TEXT))}")
+    separator = str(entry.get("separator", ""))
+    at_most = int(_number(path, "at_most", entry.get("at_most", 10 if separator else 1)))
+    if at_most < 1:
+        raise UserError(f"{path}: category {entry['column']!r}: at_most is {at_most}, but must be at least 1")
+    if separator and kind != TEXT:
+        raise UserError(f"{path}: category {entry['column']!r}: several values in one field are read as text")
+    return Category(str(entry["column"]), kind, separator, at_most)
+
+
+def _number(path: Path, what: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {what} is {value!r}, expected a number") from error

@@ -1,0 +1,357 @@
+"""Blocks of a raw log -> labels, dense features and codes of categories; rows that are not of the format are named.
+
+A code is 64 bits that stand for a category's value: the number itself, or for text the first 8 bytes of BLAKE2b, where
+among n values two meet with a probability of about n^2 / 2^65 (3e-5 for 30 million).
+"""
+
+from __future__ import annotations
+
+import csv as python_csv
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm_xla.errors import UserError
+from dlrm_xla_data.layout import HEX, NUMBER, Layout
+from dlrm_xla_data.lines import Block
+
+MISSING = np.iinfo(np.int64).min
+PARTS = ("train", "test", "validation")
+_PARQUET_ROWS = 2**17
+
+# Two ASCII bytes, read as one little-endian number -> the value of two hexadecimal digits, 0xFFFF for anything else.
+_DIGITS = {ord(c): int(c, 16) for c in "0123456789abcdefABCDEF"}
+_HEX_PAIRS = np.full(2**16, 0xFFFF, np.uint16)
+for _high, _a in _DIGITS.items():
+    for _low, _b in _DIGITS.items():
+        _HEX_PAIRS[_high + 256 * _low] = 16 * _a + _b
+
+_TEXT_OF_KIND = {HEX: "up to 8 hexadecimal digits or nothing", NUMBER: "an integer or nothing"}
+
+
+class Misfit(Exception):
+    """Some row of a block is not of the format; which one is found by reading line by line."""
+
+
+@dataclass
+class Parsed:
+    """Rows of a block: labels int8 [n], dense float32 [n, I], a list of codes int64 for each category, and what else.
+
+    ``lengths`` has for each category how many codes each row has, None where it is always one. ``order`` is the time
+    or the part of each row, if the layout names such a column.
+    """
+
+    labels: NDArray[np.int8]
+    dense: NDArray[np.float32]
+    codes: list[NDArray[np.int64]]
+    lengths: list[NDArray[np.int32] | None]
+    order: NDArray[np.int64] | None = None
+    bad: list[tuple[Path, int, str]] = field(default_factory=list)
+
+
+def parse(block: Block, layout: Layout, keep_good: bool = False) -> Parsed:
+    """Parses a block's lines.
+
+    Raises UserError with file and line for the first row that is not of the layout; with ``keep_good`` such rows are
+    left out and listed in ``bad`` instead.
+    """
+    try:
+        return _columns(_read(block.data, layout), layout)
+    except Misfit as misfit:
+        bad: list[tuple[Path, int, str]] = []
+        good = []
+        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
+            if not line:
+                continue
+            problem = problem_of(line, layout)
+            if problem is None:
+                good.append(line)
+                continue
+            if not keep_good:
+                raise UserError(f"{block.path}, line {number}: {problem}") from misfit
+            bad.append((block.path, number, problem))
+        if not bad:
+            end = block.first_line + block.data.count(b"\n") - 1
+            raise UserError(f"{block.path}, lines {block.first_line} to {end}: {misfit}") from misfit
+        parsed = _columns(_read(b"".join(line + b"\n" for line in good), layout), layout)
+        parsed.bad = bad
+        return parsed
+
+
+def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[Parsed, int]]:
+    """Parses a Parquet file's rows from ``first_row`` on, with the number of rows read so far."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        layout = layout.with_columns(file.schema_arrow.names, path)
+        row = 0
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=layout.needed):
+            row += batch.num_rows
+            if row <= first_row:
+                continue
+            table = pa.Table.from_batches([batch])
+            try:
+                yield _columns(table, layout), row
+            except Misfit as misfit:
+                raise UserError(f"{path}, rows {row - batch.num_rows + 1} to {row}: {misfit}") from misfit
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _read(data: bytes, layout: Layout) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    assert layout.columns is not None
+    needed = [n for n in layout.columns if n in set(layout.needed) | ({"hour"} if layout.derive else set())]
+    types = {name: pa.binary() for name in needed}
+    types |= dict.fromkeys((n for n in layout.dense if n in types), pa.int64() if layout.integers else pa.float64())
+    types[layout.label] = pa.float64() if layout.above is not None else pa.int8()
+    types |= {n: pa.int64() for n in types if layout.kind(n) == NUMBER}
+    if layout.time:
+        types[layout.time] = pa.int64()
+    if not data.strip(b"\n"):
+        return pa.table({n: pa.array([], types[n]) for n in needed})
+    try:
+        return csv.read_csv(
+            pa.BufferReader(data),
+            read_options=csv.ReadOptions(
+                block_size=len(data) + 1, column_names=list(layout.columns), use_threads=False
+            ),
+            parse_options=csv.ParseOptions(
+                delimiter=layout.delimiter, quote_char='"' if layout.quoted else False, ignore_empty_lines=True
+            ),
+            convert_options=csv.ConvertOptions(
+                column_types=types, null_values=[""], strings_can_be_null=True, include_columns=needed
+            ),
+        )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise Misfit(str(error)) from error
+
+
+def _columns(table: Any, layout: Layout) -> Parsed:
+    import pyarrow as pa
+
+    order = None
+    if layout.time:
+        order = _whole_numbers(table, layout.time)
+    elif layout.split:
+        order = _parts(table, layout.split)
+    labels = _labels(table, layout)
+    if layout.derive is not None:
+        table = layout.derive(table)
+    dense = np.empty((len(table), len(layout.dense)), np.float32)
+    for k, (name, transform) in enumerate(layout.dense.items()):
+        column = _one(table, name)
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            raise Misfit(f"dense column {name} is {column.type}, expected numbers")
+        values = column.fill_null(0).to_numpy(zero_copy_only=False)
+        if transform == "log1p":
+            dense[:, k] = np.log1p(np.maximum(values, 0).astype(np.float32))
+        else:
+            dense[:, k] = values
+    if not np.isfinite(dense).all():
+        raise Misfit("a dense value is not finite, or not within float32")
+    codes, lengths = [], []
+    for category in layout.categories:
+        code, length = _codes(_one(table, category.name), category)
+        codes.append(code)
+        lengths.append(length)
+    return Parsed(labels, dense, codes, lengths, order)
+
+
+def _one(table: Any, name: str) -> Any:
+    """A column in one piece."""
+    import pyarrow as pa
+
+    column = table.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # what older versions of Arrow give
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _labels(table: Any, layout: Layout) -> NDArray[np.int8]:
+    import pyarrow as pa
+
+    column = _one(table, layout.label)
+    if column.null_count:
+        raise Misfit("a label is missing")
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise Misfit(f"the label column {layout.label} is {column.type}, expected numbers")
+    values = column.to_numpy(zero_copy_only=False)
+    if layout.above is not None:
+        if not np.isfinite(values).all():
+            raise Misfit("a label is no number")
+        return np.asarray(values > layout.above, np.int8)
+    if not ((values == 0) | (values == 1)).all():
+        raise Misfit("a label is neither 0 nor 1")
+    return np.asarray(values, np.int8)
+
+
+def _whole_numbers(table: Any, name: str) -> NDArray[np.int64]:
+    import pyarrow as pa
+
+    column = _one(table, name)
+    if column.null_count or not pa.types.is_integer(column.type):
+        raise Misfit(f"column {name}, which orders the rows, must be an integer in every row")
+    return np.asarray(column.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _parts(table: Any, name: str) -> NDArray[np.int64]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = _one(table, name)
+    found = pc.index_in(column.cast(pa.binary()), value_set=pa.array([p.encode() for p in PARTS], pa.binary()))
+    if found.null_count:
+        raise Misfit(f"column {name} must be one of {', '.join(PARTS)} in every row")
+    return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _codes(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.int32] | None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    several = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if category.separator:
+        split = pc.split_pattern(column.fill_null(b""), category.separator.encode())
+        column, several = split, True
+    if several:
+        return _several(column, category.at_most)
+    if pa.types.is_integer(column.type):
+        codes = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+    elif category.kind == HEX:
+        codes = _from_hex(column)
+    elif category.kind == NUMBER:
+        raise Misfit(f"category {category.name} is {column.type}, expected integers")
+    else:
+        codes = _from_text(column)
+    if column.null_count:
+        codes = np.where(column.is_null().to_numpy(zero_copy_only=False), MISSING, codes)
+    return codes, None if category.at_most == 1 else (codes != MISSING).astype(np.int32)
+
+
+def _several(column: Any, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The first ``at_most`` values of each row that are not empty; none is none, not a missing value."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    flat, parents = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
+    codes = (
+        np.asarray(flat.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+        if pa.types.is_integer(flat.type)
+        else _from_text(flat)
+    )
+    present = flat.is_valid().to_numpy(zero_copy_only=False)
+    if not pa.types.is_integer(flat.type):
+        present &= pc.greater(
+            pc.binary_length(flat.fill_null("" if pa.types.is_string(flat.type) else b"")), 0
+        ).to_numpy(zero_copy_only=False)
+    codes, parents = codes[present], np.asarray(parents[present], np.int64)
+    starts = np.searchsorted(parents, np.arange(len(column)))
+    kept = np.arange(len(parents)) - starts[parents] < at_most
+    codes, parents = codes[kept], parents[kept]
+    return codes, np.bincount(parents, minlength=len(column)).astype(np.int32)
+
+
+def _from_hex(column: Any) -> NDArray[np.int64]:
+    """Up to eight hexadecimal digits -> the number."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    filled = column.fill_null(b"0" * 8)
+    sizes = pc.binary_length(filled)
+    shortest, longest = pc.min_max(sizes).as_py().values() if len(filled) else (8, 8)
+    if longest > 8 or shortest == 0:
+        raise Misfit("a category has more than 8 hexadecimal digits")
+    if shortest < 8:
+        try:
+            filled = pc.ascii_lpad(filled.cast(pa.string()), width=8, padding="0")
+        except pa.ArrowInvalid as error:  # not even text
+            raise Misfit(str(error)) from error
+    text = np.frombuffer(filled.buffers()[2] or b"", np.uint16)[filled.offset * 4 :][: len(filled) * 4]
+    pairs = _HEX_PAIRS[text]
+    if len(pairs) and pairs.max() > 255:
+        raise Misfit("a category is not hexadecimal")
+    return np.asarray(pairs.astype(np.uint8).view(">u4"), np.int64)
+
+
+def _from_text(column: Any) -> NDArray[np.int64]:
+    """Text or bytes -> 64 bits of their digest, made once for each value of the block."""
+    import pyarrow as pa
+
+    encoded = column.cast(pa.binary()).fill_null(b"").dictionary_encode()
+    digests = b"".join(hashlib.blake2b(value, digest_size=8).digest() for value in encoded.dictionary.to_pylist())
+    return np.asarray(np.frombuffer(digests, "<i8")[encoded.indices.to_numpy()], np.int64)
+
+
+def problem_of(line: bytes, layout: Layout) -> str | None:
+    """What is wrong with a line, None if nothing is."""
+    assert layout.columns is not None
+    fields = line.split(layout.delimiter.encode())
+    if layout.quoted and b'"' in line:
+        text = line.decode("latin-1")
+        fields = [f.encode("latin-1") for f in next(python_csv.reader([text], delimiter=layout.delimiter))]
+    hint = layout.check(fields)
+    if hint:
+        return hint
+    if len(fields) != len(layout.columns):
+        parted = "tab-separated " if layout.delimiter == "\t" else ""
+        return f"{len(fields)} {parted}columns, expected {len(layout.columns)}: {', '.join(_named(layout))}"
+    values = dict(zip(layout.columns, fields, strict=True))
+    label = values[layout.label]
+    if layout.above is None and label not in (b"0", b"1"):
+        return f"the label is {_shown(label)}, expected 0 or 1"
+    if layout.above is not None and not _is_number(label):
+        return f"the label is {_shown(label)}, expected a number"
+    for name in layout.dense:
+        value = values.get(name, b"")
+        if layout.integers and value and not _is_integer(value):
+            return f"column {name} is {_shown(value)}, expected an integer or nothing"
+        if not layout.integers and value and not (_is_number(value) and abs(float(value)) < 3e38):
+            return f"column {name} is {_shown(value)}, expected a number or nothing"
+    for category in layout.categories:
+        value = values.get(category.name, b"")
+        if value and category.kind == HEX and (len(value) > 8 or any(b not in _DIGITS for b in value)):
+            return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[HEX]}"
+        if value and category.kind == NUMBER and not _is_integer(value):
+            return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[NUMBER]}"
+    if layout.time and not _is_integer(values[layout.time]):
+        return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer: it orders the rows"
+    if layout.split and values[layout.split] not in [p.encode() for p in PARTS]:
+        return f"column {layout.split} is {_shown(values[layout.split])}, expected one of {', '.join(PARTS)}"
+    return None
+
+
+def _named(layout: Layout) -> list[str]:
+    names = list(layout.columns or ())
+    if layout.name == "criteo":
+        return ["label", "13 integers", "26 categories"]
+    return names if len(names) < 8 else [*names[:4], "...", names[-1]]
+
+
+def _is_integer(value: bytes) -> bool:
+    digits = value.removeprefix(b"-")
+    return digits.isdigit() and len(digits) < 19
+
+
+def _is_number(value: bytes) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _shown(value: bytes) -> str:
+    text = value.decode("utf-8", "replace")
+    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -1,0 +1,383 @@
+"""Raw logs -> prepared dataset, in two passes and bounded memory: columns to files, then each column's ids.
+
+The first pass parses blocks of text and appends each column to a file of its own; the second takes column by column,
+counts its values, gives them ids and writes them; then rows are put together and into the order of their parts.
+Interrupted, both go on where they were.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dlrm_xla.errors import UserError, choices
+from dlrm_xla_data import layout as layouts
+from dlrm_xla_data import lines
+from dlrm_xla_data.assembly import assemble, sha256
+from dlrm_xla_data.layout import Layout
+from dlrm_xla_data.lines import Block, Digests, Place
+from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, parse, parse_parquet
+from dlrm_xla_data.prepared import PreparedDataset, open_prepared, read_meta, save_meta, written_whole
+from dlrm_xla_data.protocols import PROTOCOLS, TRAIN, Split, make_split
+from dlrm_xla_data.raw_columns import RawColumns
+from dlrm_xla_data.vocabulary import Codes, Limits, build_vocabulary
+
+# Rows since the last mark are parsed again after an interruption: at some 100 MB/s, seconds.
+MARK_BYTES = 1 << 30
+THREADS = 2
+_MAPPED_CODES = 2**23
+_READ = "read.json"
+_BAD_ROWS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of a preparation; see `dlrm_xla_data.protocols` and `dlrm_xla_data.vocabulary`."""
+
+    protocol: str = "dlrm_days"
+    limits: Limits = Limits()
+    max_bad_rows: int = 0
+    seed: int = 0
+    bag_lengths: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises UserError where a value cannot be meant."""
+        if self.protocol not in PROTOCOLS:
+            raise UserError(f"--protocol {self.protocol}: {choices(self.protocol, PROTOCOLS)}")
+        if self.limits.tail not in ("cut", "hash"):
+            raise UserError(f"--tail {self.limits.tail}: {choices(self.limits.tail, ('cut', 'hash'))}")
+        if self.limits.min_count < 1 or self.max_bad_rows < 0 or self.limits.max_rows < 0:
+            raise UserError("--min-count must be at least 1, --max-rows and --max-bad-rows at least 0")
+        if self.limits.max_rows == 1:
+            raise UserError("--max-rows 1 leaves the row of missing ids alone; give at least 2, or 0 for any number")
+
+
+FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
+
+
+def find_layout(name: str, files: Sequence[Path]) -> tuple[Layout, str]:
+    """The layout called so, or that of a YAML file, and the protocol that belongs to it."""
+    if name.endswith((".yaml", ".yml")):
+        layout = layouts.from_yaml(Path(name))
+        protocol = "column" if layout.split else "chronological"
+    elif name in ("criteo", "criteo-terabyte"):
+        layout, protocol = layouts.criteo(), "dlrm_days"
+    elif name == "avazu":
+        layout, protocol = layouts.avazu(), "chronological"
+    elif name == "movielens":
+        layout, protocol = layouts.movielens(files[0]), "chronological"
+    else:
+        raise UserError(f"--format {name}: {choices(name, FORMATS)}, or a YAML file")
+    if layout.header:
+        header = lines.first_line(files[0]).decode("utf-8", "replace")
+        names = [n.strip().strip('"') for n in header.split(layout.delimiter)]
+        layout = layout.with_columns(names, files[0])
+    return layout, protocol
+
+
+def find_sources(source: Path, name: str) -> list[Path]:
+    """The files of a source: itself, or those of a folder in the order of their names, numbers as numbers."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: there is no such file or folder")
+    if name == "movielens":
+        for rating in ("ratings.dat", "u.data"):
+            if (source / rating).is_file():
+                return [source / rating]
+        raise UserError(f"{source} holds neither ratings.dat (MovieLens 1M) nor u.data (100k)")
+    files = [f for f in source.iterdir() if f.is_file() and not f.name.startswith((".", "_"))]
+    if not files:
+        raise UserError(f"{source} holds no files")
+
+    def natural(file: Path) -> list[Any]:
+        parts: list[Any] = [""]
+        for character in file.name:
+            if character.isdigit():
+                parts = [*parts, character] if not parts[-1].isdigit() else [*parts[:-1], parts[-1] + character]
+            else:
+                parts = [*parts[:-1], parts[-1] + character] if not parts[-1].isdigit() else [*parts, character]
+        return [int(p) if p.isdigit() else p for p in parts]
+
+    return sorted(files, key=natural)
+
+
+def open_log(raw: Path, cache: Path | None) -> PreparedDataset:
+    """The prepared copy of a raw log of a known format, made now if there is none of this very file.
+
+    It lies beside the log as ``<name>.prepared``, or under ``cache``.
+    """
+    if not raw.is_file():
+        raise UserError(f"--data {raw}: there is no such file. Give a raw Criteo log or a prepared folder.")
+    folder = (cache or raw.parent) / f"{raw.name}.prepared"
+    source = fingerprint(raw)
+    if folder.exists() and read_meta(folder)["source"] == source:
+        return open_prepared(folder)
+    if folder.exists():
+        print(f"{folder} was made from another {raw.name}; preparing it again", file=sys.stderr)
+    return prepare([raw], folder, *_guess(raw))
+
+
+def _guess(raw: Path) -> tuple[Layout, Options]:
+    """Avazu where its header is there, else Criteo, whose reader says what is wrong."""
+    known = "avazu" if lines.first_line(raw).startswith(b"id,click,hour,") else "criteo"
+    layout, protocol = find_layout(known, [raw])
+    return layout, Options(protocol)
+
+
+def fingerprint(raw: Path) -> dict[str, Any]:
+    """Enough to tell one log from another without reading it all: name, size, hash of both ends."""
+    size = raw.stat().st_size
+    if size == 0:
+        raise UserError(f"{raw} is empty: there is no line in it. Fetch it again.")
+    digest = hashlib.sha256()
+    with raw.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return {"file": raw.name, "size": size, "sha256_of_both_ends": digest.hexdigest()}
+
+
+def prepare(files: Sequence[Path], folder: Path, layout: Layout, options: Options) -> PreparedDataset:
+    """Prepares raw logs into ``folder``, which appears only when it is whole.
+
+    Of several processes that prepare the same folder one does and the others wait for it. One that was interrupted is
+    gone on with when the same is asked again.
+    """
+    options.check()
+    sources = [fingerprint(file) for file in files]
+    key = {"sources": sources, "layout": repr(layout), "options": json.loads(json.dumps(asdict(options)))}
+    key["layout"] = hashlib.sha256(key["layout"].split("derive=")[0].encode()).hexdigest()
+    with _alone(folder):
+        if folder.exists() and read_meta(folder).get("key") == key:
+            return open_prepared(folder)  # another process made it meanwhile
+        began = time.perf_counter()
+        print(f"preparing {', '.join(map(str, files[:3]))}{' ...' * (len(files) > 3)} -> {folder}", file=sys.stderr)
+        with written_whole(folder, resumable=True) as scratch:
+            columns = RawColumns(scratch / "columns", layout, key)
+            read = _read(files, columns, layout, options)
+            split = make_split(options.protocol, columns, read["rows_of_files"], options.seed)
+            per_table = _write_all_ids(columns, layout, split, options)
+            about = assemble(columns, scratch, layout, split, options.bag_lengths, options.seed)
+            arrays = ["labels", "dense", "ids", "counts", *(["offsets"] if about["variable_bags"] else [])]
+            with ThreadPoolExecutor(THREADS) as pool:
+                digests = dict(zip(arrays, pool.map(lambda n: sha256(scratch / f"{n}.npy"), arrays), strict=True))
+            missing = np.stack([np.load(columns.folder / f"{k}.missing.npy") for k in range(len(per_table))])
+            columns.remove()
+            save_meta(
+                scratch,
+                {
+                    "source": sources[0] if len(sources) == 1 else {"files": sources},
+                    "num_rows": columns.num_rows,
+                    "dense": list(layout.dense),
+                    "tables": [c.name for c in layout.categories],
+                    "ids_per_table": per_table,
+                    "splits": split.final_ranges(),
+                    **about,
+                    "files": read["files"],
+                    "layout": layout.name,
+                    "options": key["options"],
+                    "missing": {name: missing[:, k].tolist() for k, name in enumerate(PARTS)},
+                    "bad_rows": {"skipped": columns.num_bad, "first": read["bad"]},
+                    "checksums": digests,
+                    "tool": f"dlrm_xla {_version()}",
+                    "key": key,
+                },
+            )
+    seconds = time.perf_counter() - began
+    print(
+        f"prepared {columns.num_rows:,} rows in {seconds:.1f} s, {columns.num_rows / seconds:,.0f} a second",
+        file=sys.stderr,
+    )
+    if columns.num_bad:
+        print(f"left out {columns.num_bad:,} rows that are not of the format:", file=sys.stderr)
+        for place in read["bad"]:
+            print(f"  {place}", file=sys.stderr)
+    return open_prepared(folder)
+
+
+def _version() -> str:
+    try:
+        return version("dlrm_xla")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process prepares this folder."""
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}. Give --data-cache a folder of yours.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"another process prepares {folder}; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _read(files: Sequence[Path], columns: RawColumns, layout: Layout, options: Options) -> dict[str, Any]:
+    """The first pass; what it found is kept beside the columns, so that it is done once."""
+    done = columns.folder / _READ
+    if done.is_file() and columns.resume_read():
+        loaded: dict[str, Any] = json.loads(done.read_text())
+        return loaded
+    try:
+        start = columns.begin()
+        if columns.num_rows:
+            print(f"going on behind the {columns.num_rows:,} rows that are read already", file=sys.stderr)
+        digests = Digests()
+        bad: list[str] = columns.extra.get("bad", [])
+        ends: list[int] = columns.extra.get("ends", [0] * len(files))
+        marked = 0
+        size = sum(file.stat().st_size for file in files)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+            for parsed, place, read in _parsed(files, start, digests, layout, options.max_bad_rows > 0):
+                columns.append(parsed)
+                bad += [f"{p}, line {n}: {problem}" for p, n, problem in parsed.bad][: _BAD_ROWS_SHOWN - len(bad)]
+                if columns.num_bad > options.max_bad_rows:
+                    listed = "; ".join(bad[:3])
+                    raise UserError(
+                        f"more than --max-bad-rows {options.max_bad_rows} rows are not of the format: {listed}"
+                    )
+                ends[place.file] = columns.num_rows
+                marked += read
+                bar.update(min(read, size - bar.n))
+                if marked >= MARK_BYTES:
+                    columns.extra = {"bad": bad, "ends": ends}
+                    columns.mark(place)
+                    marked = 0
+        if not columns.num_rows:
+            raise UserError(f"{files[0]} holds no lines of data")
+        for number in range(1, len(ends)):
+            ends[number] = max(ends[number], ends[number - 1])  # a file without rows ends where the one before did
+        columns.extra = {"bad": bad, "ends": ends}
+        columns.mark(Place(len(files)))
+    finally:
+        columns.close()
+    found = {
+        "bad": bad,
+        "rows_of_files": [b - a for a, b in zip([0, *ends], ends, strict=False)],
+        "files": digests.files,
+    }
+    done.with_suffix(".new").write_text(json.dumps(found))
+    done.with_suffix(".new").replace(done)
+    return found
+
+
+def _parsed(
+    files: Sequence[Path], start: Place, digests: Digests, layout: Layout, keep_good: bool
+) -> Iterator[tuple[Parsed, Place, int]]:
+    """Parsed blocks in order, with the place behind each and the bytes in it; parsing runs in threads."""
+    if layout.parquet:
+        for number in range(start.file, len(files)):
+            first = start.offset if number == start.file else 0
+            before = first
+            for parsed, row in parse_parquet(files[number], layout, first):
+                share = (row - before) / max(1, row)
+                yield parsed, Place(number, row, row), int(files[number].stat().st_size * share)
+                before = row
+        for file in files:
+            digests.add(file, sha256(file))
+        return
+
+    def work(block: Block) -> Parsed:
+        return parse(block, layout, keep_good)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: list[tuple[Future[Parsed], Block]] = []
+        try:
+            for block in lines.blocks(files, start, digests, layout.header):
+                waiting.append((pool.submit(work, block), block))
+                if len(waiting) > THREADS + 1:
+                    future, oldest = waiting.pop(0)
+                    yield future.result(), oldest.after, len(oldest.data)
+            while waiting:
+                future, oldest = waiting.pop(0)
+                yield future.result(), oldest.after, len(oldest.data)
+        except UserError:
+            for future, _ in waiting:  # an earlier block's bad line comes before a file's bad end
+                future.result()
+            raise
+        finally:
+            for future, _ in waiting:
+                future.cancel()
+
+
+def _write_all_ids(columns: RawColumns, layout: Layout, split: Split, options: Options) -> list[int]:
+    """The second pass: a file of ids and one of counts for each category; returns ids per table."""
+
+    def one(k: int) -> int:
+        return _write_ids(columns, k, layout.categories[k].name, split, options.limits)
+
+    numbers = range(len(layout.categories))
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = tqdm(pool.map(one, numbers), total=len(numbers), unit="column", desc="ids", disable=None)
+        return list(done)
+
+
+def _write_ids(columns: RawColumns, k: int, name: str, split: Split, limits: Limits) -> int:
+    ids_file, counts_file = columns.folder / f"{k}.ids", columns.folder / f"{k}.counts"
+    if ids_file.is_file() and counts_file.is_file():
+        return counts_file.stat().st_size // 8
+    scratch = columns.folder / f"{k}.vocabulary"
+    scratch.mkdir(exist_ok=True)
+
+    def training() -> Iterator[Codes]:
+        for codes, part in zip(columns.codes(k), columns.spread(k, split.parts()), strict=True):
+            yield codes if (part == TRAIN).all() else codes[part == TRAIN]
+
+    vocabulary = build_vocabulary(scratch, name, training, limits)
+    unfinished = ids_file.with_suffix(".ids.new")
+    missing = np.zeros(3, np.int64)
+
+    def counted() -> Iterator[Codes]:
+        for codes, part in zip(columns.codes(k), columns.spread(k, split.parts()), strict=True):
+            missing[:] += np.bincount(part[codes == MISSING], minlength=3)
+            yield codes
+
+    with unfinished.open("wb") as out:
+        for codes in _larger(counted()):
+            out.write(vocabulary.ids(codes).data)
+    np.save(columns.folder / f"{k}.missing.npy", missing)
+    os.replace(vocabulary.counts, counts_file)
+    vocabulary.delete()
+    scratch.rmdir()
+    os.replace(unfinished, ids_file)
+    columns.delete(f"{k}.codes")
+    return vocabulary.num_ids
+
+
+def _larger(chunks: Iterator[Codes]) -> Iterator[Codes]:
+    """Chunks put together, as a table to find ids in is made anew for each."""
+    waiting: list[NDArray[np.int64]] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(map(len, waiting)) >= _MAPPED_CODES:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
