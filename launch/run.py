@@ -230,7 +230,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
         warn(line)
 
     fingerprint = check_data(dataset, start[1] if start else None, noted)
-    loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
+    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, pinned=config.device == "cuda")
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
