@@ -29,7 +29,7 @@ class Category:
 class Layout:
     """Columns of a log and their use.
 
-    ``columns`` are those of the file in order, None where its first line names them. ``label`` is 1 where its column
+    ``columns`` are those of the file in order; with ``header`` its first line names them. ``label`` is 1 where its column
     says 1 or, with ``above``, more than that. ``dense`` gives each number's transform: "none", or "log1p",
     log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole. ``derive`` makes further columns from
     the file's. ``time`` or ``split`` name a column that decides a row's part. ``parquet``: files are Parquet.
@@ -49,6 +49,7 @@ class Layout:
     time: str | None = None
     split: str | None = None
     parquet: bool = False
+    header: bool = False
     check: Callable[[list[bytes]], str | None] = lambda fields: None
 
     @property
@@ -57,11 +58,6 @@ class Layout:
         optional = [name for name in (self.time, self.split) if name]
         names = [self.label, *self.dense, *(c.name for c in self.categories), *optional]
         return [n for n in dict.fromkeys(names) if n not in self.derived]
-
-    @property
-    def header(self) -> bool:
-        """Whether the first line of each file names the columns."""
-        return self.columns is None and not self.parquet
 
     @property
     def variable_bags(self) -> bool:
@@ -126,6 +122,7 @@ def avazu() -> Layout:
     return Layout(
         name="avazu",
         columns=None,
+        header=True,
         delimiter=",",
         label="click",
         dense={"hour_sine": "none", "hour_cosine": "none"},
@@ -243,6 +240,7 @@ def from_yaml(path: Path) -> Layout:
     layout = Layout(
         name=path.name,
         columns=tuple(str(c) for c in columns) if columns else None,
+        header=not columns and kind == "csv",
         delimiter=delimiter,
         label=str(label),
         above=above,
@@ -256,7 +254,7 @@ def from_yaml(path: Path) -> Layout:
     names = [c.name for c in layout.categories]
     twice = [n for n in names if names.count(n) > 1]
     if twice:
-        raise UserError(f"{path}: categories name {twice[0]!r} twice")
+        raise UserError(f"{path}: categories: {twice[0]!r} is there twice")
     return layout.with_columns(layout.columns, path) if layout.columns else layout
 
 

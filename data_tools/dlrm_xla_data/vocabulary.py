@@ -19,6 +19,7 @@ from dlrm_xla_data.parsing import MISSING
 
 # Distinct values of one column in memory: with their counts and a table to find them some 600 MB.
 MOST_IN_MEMORY = 8_000_000
+MOST_IDS = 2**31 - 2
 _RUN_VALUES = 2**23
 _PARTS = 64
 
@@ -87,7 +88,7 @@ def build_vocabulary(folder: Path, name: str, training_codes: Chunks, limits: Li
     falling = np.argsort(-frequencies, kind="stable")
     frequencies, numbers = frequencies[falling], numbers[falling]
     total = int(numbers.sum())
-    if total > 2**31 - 2 and not limits.max_rows:
+    if total > MOST_IDS and not limits.max_rows:
         raise UserError(
             f"column {name} has {total:,} different values, more than int32 ids can name. "
             "Give --min-count or --max-rows."

@@ -1,0 +1,484 @@
+"""Preparing logs of all formats, against plain Python readings; what users' files may have wrong; verify and stats."""
+
+import collections
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import criteo_line, shared_file
+from dlrm_xla_data import layout as layouts
+from dlrm_xla_data import lines, vocabulary
+from dlrm_xla_data.__main__ import main
+from dlrm_xla_data.multi_hot import more_ids
+from dlrm_xla_data.parsing import parse, problem_of
+from dlrm_xla_data.prepare import find_layout
+from dlrm_xla_data.prepared import open_prepared, read_meta
+from dlrm_xla_data.vocabulary import Limits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data import slow_reading
+
+from dlrm_xla.errors import UserError
+
+
+def plain_ids(values, training, min_count=1):
+    """Ids by falling frequency in the training rows, equal counts by value; 0 for None and what is rare or unseen."""
+    counts = collections.Counter(v for v, t in zip(values, training, strict=True) if t and v is not None)
+    order = sorted((v for v in counts if counts[v] >= min_count), key=lambda v: (-counts[v], v))
+    rank = {v: k for k, v in enumerate(order, 1)}
+    return np.array([rank.get(v, 0) for v in values])
+
+
+def prepared_by(folder, *arguments):
+    assert main(["prepare", *map(str, arguments[:1]), str(folder), *map(str, arguments[1:])]) == 0
+    return open_prepared(folder)
+
+
+def test_the_real_sample_equals_a_plain_reading_id_by_id(criteo_sample, tmp_path):
+    text = tmp_path / "sample.tsv"
+    text.write_bytes(gzip.decompress(criteo_sample.read_bytes()))
+    data = prepared_by(tmp_path / "p", criteo_sample, "--format", "criteo")
+    labels, dense, ids = slow_reading(text, data.splits["train"][1])
+    np.testing.assert_array_equal(data.labels, labels)
+    np.testing.assert_array_equal(data.ids, ids)
+    np.testing.assert_allclose(data.dense, dense, rtol=1e-6)
+
+
+def test_avazu_equals_a_plain_reading(tmp_path):
+    raw = shared_file("avazu_random20k.csv.gz")
+    data = prepared_by(tmp_path / "p", raw, "--format", "avazu", "--min-count", 2)
+    rows = list(csv.DictReader(gzip.open(raw, "rt")))
+    times = np.array([int(r["hour"]) for r in rows])
+    ordered = np.sort(times)
+    first, second = ordered[len(rows) * 8 // 10], ordered[len(rows) * 9 // 10]
+    part = np.where(times < first, 0, np.where(times < second, 2, 1))  # training, then test, then validation
+    order = np.argsort(part, kind="stable")
+    np.testing.assert_array_equal(data.labels, np.array([int(r["click"]) for r in rows])[order])
+    for k, name in enumerate(data.names):
+        if name == "hour_of_day":
+            values = [int(r["hour"]) % 100 for r in rows]
+        elif name == "weekday":
+            values = [time.strptime("20" + r["hour"][:6], "%Y%m%d").tm_wday for r in rows]
+        elif name.startswith("C") or name == "banner_pos" or name in ("device_type", "device_conn_type"):
+            values = [int(r[name]) for r in rows]
+        else:
+            values = [int(r[name], 16) for r in rows]
+        np.testing.assert_array_equal(data.ids[:, k], plain_ids(values, part == 0, 2)[order], err_msg=name)
+    hours = (times % 100)[order]
+    np.testing.assert_allclose(data.dense[:, 1], np.cos(hours / 24 * 2 * np.pi), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "mark"), [("ratings.dat", "::"), ("u.data", "\t")])
+def test_movielens_ratings_are_clicks_in_the_order_of_time(tmp_path, name, mark):
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(1, 40), rng.integers(1, 90), rng.integers(1, 6), 10**9 + t) for t in rng.permutation(300)]
+    (tmp_path / name).write_text("".join(mark.join(map(str, r)) + "\n" for r in rows))
+    data = prepared_by(tmp_path / "p", tmp_path, "--format", "movielens")
+    by_time = sorted(range(300), key=lambda k: rows[k][3])
+    training = set(by_time[:240])
+    kept = [k for k in range(300) if k in training]
+    np.testing.assert_array_equal(data.labels[:240], [rows[k][2] > 3 for k in kept])
+    users = plain_ids([r[0] for r in rows], [k in training for k in range(300)])
+    np.testing.assert_array_equal(data.ids[:240, 0], users[kept])
+    assert [b - a for a, b in data.splits.values()] == [240, 30, 30]
+
+
+YAML = """
+label: {column: stars, above: 3}
+dense: {price: log1p, age: none}
+categories:
+  - city
+  - {column: shop, kind: integer}
+  - {column: tags, separator: "|", at_most: 3}
+split: part
+"""
+
+
+def own_csv(path, rows=400, seed=1):
+    rng = np.random.default_rng(seed)
+    table = []
+    for _ in range(rows):
+        tags = [f"t{t}" for t in rng.integers(0, 20, rng.integers(0, 6))]
+        table.append(
+            {
+                "city": rng.choice(["Zürich, CH", 'New "York"', "", "Ulm", "Śrem"]),
+                "ignored": "x",
+                "stars": str(rng.integers(1, 6)),
+                "shop": rng.choice(["", "7", "-3", "90000000000"]),
+                "price": rng.choice(["", "-1", "12.5", "1e3"]),
+                "age": str(rng.integers(0, 90)),
+                "tags": "|".join(tags),
+                "part": rng.choice(["train", "test", "validation"], p=[0.7, 0.2, 0.1]),
+            }
+        )
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    return table
+
+
+def check_own(data, table):
+    parts = np.array([("train", "test", "validation").index(r["part"]) for r in table])
+    order = np.argsort(parts, kind="stable")
+    np.testing.assert_array_equal(data.labels, [int(table[k]["stars"]) > 3 for k in order])
+    price = [np.log1p(max(0.0, float(table[k]["price"] or 0))) for k in order]
+    np.testing.assert_allclose(data.dense[:, 0], price, rtol=1e-6)
+    bags = data.slots(np.arange(len(table)))
+    longest = data.bag_lengths
+    assert longest == [1, 1, 3]
+    training = parts == 0
+    for k, name in enumerate(("city", "shop")):
+        # Text is ordered by digest where counts are equal: only counts and sameness can be compared.
+        plain = np.array([r[name] for r in table])[order]
+        ids = np.where(bags[:, k] == -1, 0, bags[:, k])
+        pairs = set(zip(plain.tolist(), ids.tolist(), strict=True))
+        assert len(pairs) == len(set(plain.tolist())) == len(set(ids.tolist()))
+        assert ("", 0) in pairs
+        counts = collections.Counter(r[name] for r in np.array(table)[training] if r[name])
+        assert data.counts[k].tolist() == sorted(counts.values(), reverse=True)
+    tags = [r["tags"].split("|")[:3] if r["tags"] else [] for r in np.array(table)[order]]
+    named = {}
+    for row, found in zip(tags, bags[:, 2:], strict=True):
+        assert (found >= 0).sum() == len(row)
+        for tag, number in zip(row, found, strict=False):
+            assert named.setdefault(tag, number) == number
+    assert len(named) == len(set(named.values())) == 20
+
+
+def test_own_csv_and_parquet_by_yaml(tmp_path):
+    pyarrow_csv = pytest.importorskip("pyarrow.csv")
+    import pyarrow.parquet as pq
+
+    table = own_csv(tmp_path / "own.csv")
+    (tmp_path / "own.yaml").write_text(YAML)
+    data = prepared_by(tmp_path / "p", tmp_path / "own.csv", "--format", tmp_path / "own.yaml")
+    check_own(data, table)
+    assert main(["verify", str(tmp_path / "p")]) == 0
+    types = pyarrow_csv.ConvertOptions(strings_can_be_null=True, null_values=[""])
+    pq.write_table(pyarrow_csv.read_csv(tmp_path / "own.csv", convert_options=types), tmp_path / "own.parquet")
+    (tmp_path / "parquet.yaml").write_text(YAML + "format: parquet\n")
+    again = prepared_by(tmp_path / "q", tmp_path / "own.parquet", "--format", tmp_path / "parquet.yaml")
+    for name in ("labels", "dense", "ids"):
+        np.testing.assert_array_equal(getattr(data, name), getattr(again, name))
+    np.testing.assert_array_equal(data.bags.offsets, again.bags.offsets)
+
+
+def test_criteo_terabyte_is_a_folder_of_days(tmp_path):
+    rng = np.random.default_rng(5)
+    days = tmp_path / "days"
+    days.mkdir()
+    for day in range(12):  # day_10 comes after day_9
+        text = "".join(criteo_line(rng) + "\n" for _ in range(20 + day))
+        (days / f"day_{day}.gz").write_bytes(gzip.compress(text.encode()))
+    whole = b"".join(gzip.decompress((days / f"day_{day}.gz").read_bytes()) for day in range(12))
+    (tmp_path / "whole.tsv").write_bytes(whole)
+    data = prepared_by(tmp_path / "p", days, "--format", "criteo-terabyte")
+    train = sum(20 + day for day in range(11))
+    assert data.splits == {"train": (0, train), "test": (train, train + 16), "validation": (train + 16, train + 31)}
+    labels, _, ids = slow_reading(tmp_path / "whole.tsv", train)
+    np.testing.assert_array_equal(data.ids, ids)
+    np.testing.assert_array_equal(data.labels, labels)
+    assert [f["file"] for f in read_meta(tmp_path / "p")["files"]] == [f"day_{day}.gz" for day in range(12)]
+
+
+def test_random_split_and_limits(small_log, tmp_path, monkeypatch):
+    for module in ("raw_columns", "protocols", "assembly"):  # many chunks
+        monkeypatch.setattr(f"dlrm_xla_data.{module}.CHUNK", 128)
+    plain = prepared_by(tmp_path / "plain", small_log, "--format", "criteo")
+    data = prepared_by(tmp_path / "p", small_log, "--format", "criteo", "--protocol", "random_811", "--seed", "4")
+    sizes = {name: b - a for name, (a, b) in data.splits.items()}
+    assert sum(sizes.values()) == 700
+    assert 520 < sizes["train"] < 600
+    assert sorted(map(tuple, data.dense.tolist())) == sorted(map(tuple, plain.dense.tolist())), "every row once"
+    cut = prepared_by(tmp_path / "cut", small_log, "--format", "criteo", "--max-rows", "50", "--min-count", "2")
+    hashed = prepared_by(tmp_path / "hash", small_log, "--format", "criteo", "--max-rows", "50", "--tail", "hash")
+    for k in range(26):
+        expected = np.where((plain.ids[:, k] < 50), plain.ids[:, k], 0)
+        expected[expected > (plain.counts[k] >= 2).sum()] = 0
+        np.testing.assert_array_equal(cut.ids[:, k], expected)
+        assert hashed.ids[:, k].max() <= 49
+        np.testing.assert_array_equal(hashed.ids[:600, k] == 0, plain.ids[:600, k] == 0)
+        assert hashed.counts[k].sum() == plain.counts[k].sum()
+        np.testing.assert_array_equal(np.bincount(hashed.ids[:600, k], minlength=50)[1:], hashed.counts[k])
+        assert (np.diff(hashed.counts[k]) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(), Limits(min_count=3), Limits(max_rows=700), Limits(max_rows=700, tail="hash")]
+)
+def test_vocabularies_beyond_memory_give_the_same_ids(tmp_path, monkeypatch, limits):
+    rng = np.random.default_rng(7)
+    codes = (rng.zipf(1.3, 60_000) % 5_000) * 2_654_435_761 - 2**40
+
+    def chunks():
+        return iter(np.array_split(codes, 29))
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    once = vocabulary.build_vocabulary(tmp_path / "a", "C1", chunks, limits)
+    monkeypatch.setattr(vocabulary, "MOST_IN_MEMORY", 300)
+    monkeypatch.setattr(vocabulary, "_RUN_VALUES", 4_096)
+    spilled = vocabulary.build_vocabulary(tmp_path / "b", "C1", chunks, limits)
+    assert len(once.parts) == 1
+    assert len(spilled.parts) == 64
+    np.testing.assert_array_equal(once.ids(codes), spilled.ids(codes))
+    assert once.counts.read_bytes() == spilled.counts.read_bytes()
+    if limits.tail == "cut":
+        expected = plain_ids(codes.tolist(), [True] * len(codes), limits.min_count)
+        expected[expected >= (limits.max_rows or len(codes))] = 0
+        np.testing.assert_array_equal(once.ids(codes), expected)
+
+
+def test_more_values_than_int32_can_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "MOST_IDS", 9)
+    with pytest.raises(UserError, match=r"column C3 has 10 different values.*--min-count or --max-rows"):
+        vocabulary.build_vocabulary(tmp_path, "C3", lambda: iter([np.arange(10)]), Limits())
+
+
+def test_bad_rows_are_left_out_counted_and_told(small_log, tmp_path, capsys):
+    good = small_log.read_text().splitlines()
+    bad = list(good)
+    bad[10:10] = ["2" + good[10][1:], "\t".join(good[0].split("\t")[:20])]
+    bad[500] = bad[500].replace("\t", "\tx", 1)
+    mended = [line for k, line in enumerate(bad) if k not in (10, 11, 500)]
+    small_log.write_text("\n".join(bad) + "\n")
+    (tmp_path / "good.tsv").write_text("\n".join(mended) + "\n")
+    assert main(["prepare", str(small_log), str(tmp_path / "no"), "--format", "criteo", "--max-bad-rows", "2"]) == 2
+    assert "more than --max-bad-rows 2" in capsys.readouterr().err
+    data = prepared_by(tmp_path / "p", small_log, "--format", "criteo", "--max-bad-rows", "3")
+    told = capsys.readouterr().err
+    for expected in (
+        "left out 3 rows",
+        "line 11: the label is '2'",
+        "line 12: 20 tab-separated",
+        "line 501: column I1",
+    ):
+        assert expected in told
+    np.testing.assert_array_equal(
+        data.ids, prepared_by(tmp_path / "g", tmp_path / "good.tsv", "--format", "criteo").ids
+    )
+    assert read_meta(tmp_path / "p")["bad_rows"]["skipped"] == 3
+
+
+def test_marks_line_ends_and_empty_lines_do_not_matter(small_log, tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
+    text = small_log.read_text().splitlines()
+    mixed = b"\xef\xbb\xbf" + b"".join(
+        line.encode() + (b"\r\n", b"\n", b"\n\n")[k % 3] for k, line in enumerate(text[:-1])
+    )
+    (tmp_path / "mixed.tsv").write_bytes(mixed + text[-1].encode() + b"\r\n\n\n")
+    (tmp_path / "no_end.tsv").write_bytes("\n".join(text).encode())
+    expected = prepared_by(tmp_path / "a", small_log, "--format", "criteo")
+    for k, name in enumerate(("mixed.tsv", "no_end.tsv")):
+        data = prepared_by(tmp_path / f"b{k}", tmp_path / name, "--format", "criteo")
+        np.testing.assert_array_equal(data.ids, expected.ids)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [("1" + "0" * 30, "column I5 is '1000000000"), ('"5"', "column I5 is"), ("\xfc", "column I5 is")],
+)
+def test_odd_numbers_are_named(small_log, tmp_path, capsys, value, match):
+    text = small_log.read_text().splitlines()
+    fields = text[5].split("\t")
+    fields[5] = value
+    text[5] = "\t".join(fields)
+    small_log.write_bytes("\n".join(text).encode("latin-1"))
+    assert main(["prepare", str(small_log), str(tmp_path / "p"), "--format", "criteo"]) == 2
+    said = capsys.readouterr().err
+    assert "small.tsv, line 6: " in said
+    assert match in said
+    assert "Traceback" not in said
+
+
+def test_text_in_any_encoding_is_a_value_of_its_own(tmp_path):
+    (tmp_path / "l.yaml").write_text("columns: [y, x, c]\nlabel: y\ndense: [x]\ncategories: [c]\n")
+    lines_of = [b"%d,1,%s" % (k % 2, (b"M\xfcnchen", "München".encode(), b"")[k % 3]) for k in range(60)]
+    (tmp_path / "l.csv").write_bytes(b"\n".join(lines_of))
+    data = prepared_by(tmp_path / "p", tmp_path / "l.csv", "--format", tmp_path / "l.yaml")
+    assert len(data.counts[0]) == 2
+    assert (data.ids[2::3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("label: y\ncategories: [nowhere]\ndense: [x]\n", "no column 'nowhere'.*known are"),
+        ("label: y\ncategories: [cc]\ndense: [x]\n", "did you mean 'c'"),
+        ("label: [y\n", "line 2: not YAML"),
+        ("label: y\ncategory: [c]\n", "unknown key 'category'; did you mean 'categories'"),
+        ("label: y\ncategories: [c]\n", "dense names no column"),
+        ("label: y\ncategories: [c]\ndense: {x: log}\n", "did you mean 'log1p'"),
+        ("label: y\ncategories: [c, c]\ndense: [x]\n", "'c' is there twice"),
+        ("label: y\ncategories: [{column: c, kind: float}]\ndense: [x]\n", "kind"),
+        ("label: {column: y, above: much}\ncategories: [c]\ndense: [x]\n", "above is 'much'"),
+        ("label: y\ncategories: [c]\ndense: [x]\ntime: x\nsplit: c\n", "not both"),
+        ("- y\n", "must be a mapping"),
+    ],
+)
+def test_layouts_that_cannot_be_meant(tmp_path, text, match):
+    (tmp_path / "l.csv").write_text("y,x,c\n1,2,3\n")
+    (tmp_path / "l.yaml").write_text(text)
+    with pytest.raises(UserError, match=match):
+        find_layout(str(tmp_path / "l.yaml"), [tmp_path / "l.csv"])
+
+
+def test_commands_that_cannot_be_meant(small_log, tmp_path, capsys):
+    for arguments, expected in (
+        (["--format", "criteoo"], "did you mean 'criteo'"),
+        (["--format", "criteo", "--protocol", "dlrm"], "did you mean 'dlrm_days'"),
+        (["--format", "criteo", "--tail", "fold"], "--tail fold"),
+        (["--format", "criteo", "--max-rows", "1"], "--max-rows 1"),
+        (["--format", "criteo", "--multi-hot", "3,2"], "one number for each of the 26"),
+        (["--format", "criteo", "--protocol", "column"], "needs a layout with"),
+    ):
+        assert main(["prepare", str(small_log), str(tmp_path / "p"), *arguments]) == 2
+        assert expected in capsys.readouterr().err
+    assert main(["prepare", str(tmp_path / "none"), str(tmp_path / "p"), "--format", "criteo"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_verify_tells_what_changed_and_opening_tells_it_too(small_log, tmp_path, capsys):
+    folder = tmp_path / "p"
+    prepared_by(folder, small_log, "--format", "criteo")
+    assert main(["verify", str(folder)]) == 0
+    open_prepared(folder)
+    ids = bytearray((folder / "ids.npy").read_bytes())
+    ids[-4] ^= 1
+    (folder / "ids.npy").write_bytes(ids)
+    with pytest.raises(UserError, match=r"ids.npy changed after the dataset was verified"):
+        open_prepared(folder)
+    assert main(["verify", str(folder)]) == 1
+    assert "ids.npy is not what was written" in capsys.readouterr().out
+    counts = np.load(folder / "counts.npy")
+    counts[0] += 1
+    np.save(folder / "counts.npy", counts)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"checksums": {}}))
+    assert main(["verify", str(folder)]) == 1
+    assert "id 1 of C1 occurs" in capsys.readouterr().out
+
+
+def test_multi_hot_bags_follow_from_the_id(small_log, tmp_path):
+    sizes = [1, 4, *[2] * 24]
+    plain = prepared_by(tmp_path / "a", small_log, "--format", "criteo")
+    data = prepared_by(tmp_path / "b", small_log, "--format", "criteo", "--multi-hot", ",".join(map(str, sizes)))
+    assert data.bag_lengths == sizes
+    np.testing.assert_array_equal(data.ids[:, [0, 1, 5]], plain.ids[:, :3])
+    bag = data.ids[:, 1:5]
+    assert {tuple(b) for b in bag[bag[:, 0] == 0]} == {(0, 0, 0, 0)}
+    for number in range(1, 20):
+        assert len({tuple(b) for b in bag[bag[:, 0] == number]}) == 1
+    assert main(["verify", str(tmp_path / "b")]) == 0
+    ids = np.arange(1, 200_001, dtype=np.int32)[:, None]
+    drawn = more_ids(ids, [3], [200_001], 0)[:, 1:]
+    assert drawn.min() >= 1
+    assert drawn.max() <= 200_000
+    share = (drawn == 1).mean() / (drawn == 2).mean()  # 1 / 2^-1.05, over intervals of the density
+    assert share == pytest.approx((1 - 2**-0.05) / (2**-0.05 - 3**-0.05), rel=0.02)
+
+
+def test_statistics_are_a_table_a_file_and_a_page(small_log, tmp_path, capsys):
+    data = prepared_by(tmp_path / "p", small_log, "--format", "criteo")
+    assert main(["stats", str(tmp_path / "p"), "--out", str(tmp_path / "s")]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "s" / "stats.json").read_text())
+    assert (tmp_path / "s" / "stats.png").stat().st_size > 50_000
+    for k, table in enumerate(found["tables"]):
+        assert table["table"] in printed
+        counts = data.counts[k]
+        assert table["rows"] == 1 + len(counts)
+        assert table["top"]["100"] == pytest.approx(counts[:100].sum() / counts.sum())
+        assert table["zero_test"] == pytest.approx((data.ids[600:650, k] == 0).mean())
+        assert table["singletons"] == pytest.approx((counts == 1).mean())
+    missing = sum(not line.split("\t")[14] for line in small_log.read_text().splitlines()[:600])
+    assert found["missing"]["train"][0] == missing
+
+
+def test_two_processes_prepare_one_folder_once(small_log, tmp_path):
+    small_log.write_text(small_log.read_text() * 30)
+    script = """
+import sys
+from pathlib import Path
+from dlrm_xla_data.prepare import open_log
+print(len(open_log(Path(sys.argv[1]), Path(sys.argv[2])).labels))
+"""
+    command = [sys.executable, "-c", script, str(small_log), str(tmp_path / "c")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=100) for process in both]
+    assert [out for out, _ in said] == ["21000\n"] * 2
+    assert sorted(f.name for f in (tmp_path / "c").iterdir()) == ["small.tsv.prepared"]
+
+
+def test_a_killed_preparation_is_gone_on_with(small_log, tmp_path):
+    small_log.write_text(small_log.read_text() * 60)
+    script = """
+import sys
+from dlrm_xla_data import lines, prepare, __main__
+lines.BLOCK_BYTES, prepare.MARK_BYTES = 65536, 10**6
+sys.exit(__main__.main(["prepare", sys.argv[1], sys.argv[2], "--format", "criteo"]))
+"""
+    command = [sys.executable, "-c", script, str(small_log), str(tmp_path / "p")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        journal = tmp_path / "p.unfinished" / "columns" / "journal.json"
+        while not journal.exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert journal.exists()
+    assert not (tmp_path / "p").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "going on behind the" in done.stderr
+    whole = prepared_by(tmp_path / "q", small_log, "--format", "criteo")
+    np.testing.assert_array_equal(open_prepared(tmp_path / "p").ids, whole.ids)
+
+
+LINE = "\t".join(["1", *map(str, range(13)), *(f"{k:08x}" for k in range(26))])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.one_of(
+            st.just(LINE.encode()),
+            st.binary(max_size=40),
+            st.tuples(st.integers(0, len(LINE)), st.binary(min_size=1, max_size=3)).map(
+                lambda edit: LINE.encode()[: edit[0]] + edit[1] + LINE.encode()[edit[0] + len(edit[1]) :]
+            ),
+        ),
+        min_size=20,
+        max_size=40,
+    )
+)
+def test_whatever_a_log_holds_rows_are_read_or_named(tmp_path_factory, rows):
+    raw = tmp_path_factory.getbasetemp() / "fuzzed.tsv"
+    raw.write_bytes(b"\n".join([LINE.encode(), *rows]))
+    layout = layouts.criteo()
+    text = raw.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    # Numbers of lines as blocks of any size give them; a line is judged by itself, the fast reader by whole blocks.
+    bad = [n for n, line in enumerate(text, 1) if line and problem_of(line, layout) is not None]
+    good = sum(1 for line in text if line) - len(bad)
+    for size in (64, 300, 10**6):
+        blocks = list(lines.blocks([raw], lines.Place(), lines.Digests(), block_bytes=size))
+        parsed = [parse(block, layout, keep_good=True) for block in blocks]
+        assert sum(len(p.labels) for p in parsed) == good
+        assert [n for p in parsed for _, n, _ in p.bad] == bad
+        if bad:
+            with pytest.raises(UserError, match=rf"fuzzed.tsv, line {bad[0]}: "):
+                [parse(block, layout) for block in blocks]
+
+
+def test_a_folder_that_may_not_be_written_is_told(small_log, tmp_path, capsys):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert main(["prepare", str(small_log), str(blocker / "p"), "--format", "criteo"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert set(os.listdir(tmp_path)) == {"file", "small.tsv"}
