@@ -19,6 +19,7 @@ from dlrm_xla.registry import compose, parse
 from dlrm_xla.row_optim import DTYPES, RULES
 from dlrm_xla.rows import Placement, RowTable, lines_of
 from dlrm_xla.sizing import Budget, fit
+from dlrm_xla.tpu import row_bytes, storage_bytes
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def training_bytes(
     placements: list[str] = []
     padded = optimizer = gradient = 0
     inside: set[int] = set()
-    rule, state = RULES[config.row_optimizer], DTYPES[config.row_state].itemsize
+    rule, state = RULES[config.row_optimizer], DTYPES[config.row_state]
     for member in bag.modules():
         if not isinstance(member, RowTable):
             continue
@@ -155,16 +156,18 @@ def training_bytes(
         table, placement = member.table, place(member.table)
         placements.append(placement)
         shape = lines_of(table.num_rows, table.dim, access, placement)
-        padded += padded_bytes(shape, member.weight.element_size(), access.lanes)
+        padded += held_bytes(shape, member.weight.dtype, access)
         for kind in rule.states:
-            optimizer += padded_bytes((table.num_rows,) if kind == "row" else shape, state, access.lanes)
-        looked_up = (config.batch_size * bag_length, table.dim)
-        gradient += padded_bytes(looked_up if placement == "sparse" else shape, 4, access.lanes)
+            optimizer += held_bytes((table.num_rows,) if kind == "row" else shape, state, access)
+        if placement == "sparse":
+            gradient += config.batch_size * bag_length * (row_bytes(table.dim) if access.lanes else 4 * table.dim)
+        else:
+            gradient += held_bytes(shape, torch.float32, access)
     copies = {"sgd": 0, "adagrad": 1, "adam": 2}[config.dense_optimizer]
     for tensor in {id(t): t for t in (*bag.parameters(), *bag.buffers())}.values():
         if id(tensor) in inside:
             continue
-        size = padded_bytes(tuple(tensor.shape), tensor.element_size(), access.lanes)
+        size = held_bytes(tensor.shape, tensor.dtype, access)
         padded += size
         if isinstance(tensor, nn.Parameter):
             placements.append("dense")
@@ -173,17 +176,9 @@ def training_bytes(
     return TrainingBytes("+".join(dict.fromkeys(placements)), padded, optimizer, gradient)
 
 
-def padded_bytes(shape: Sequence[int], item: int, lanes: int) -> int:
-    """Bytes of a row-major array on a device that pads the last dimension to ``lanes`` and the one before to 8.
-
-    An upper figure: the compiler may choose another layout, or more rows to a tile for shorter types.
-    """
-    if not lanes or not shape:
-        return math.prod(shape) * item
-    *outer, last = shape
-    if outer:
-        outer[-1] = -(-outer[-1] // 8) * 8
-    return math.prod(outer) * -(-last // lanes) * lanes * item
+def held_bytes(shape: Sequence[int], dtype: torch.dtype, access: RowAccess) -> int:
+    """Bytes of an array on a device: on a TPU as its compiler lays it out."""
+    return storage_bytes(shape, dtype) if access.lanes else math.prod(shape) * dtype.itemsize
 
 
 def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = None, memory: float = 0) -> str:

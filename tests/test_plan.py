@@ -40,7 +40,7 @@ def test_a_plan_counts_the_arrays_of_a_run(lanes, optimizer):
     steps = Steps(DLRM(3, TABLES, makes, bottom=[4], top=[4]), [2, 2, 2], device, config)
 
     def held(tensors):
-        return sum(plan.padded_bytes(t.shape, t.element_size(), lanes) for t in tensors)
+        return sum(plan.held_bytes(t.shape, t.dtype, device.rows) for t in tensors)
 
     arrays = [stack.rows for stack in steps.rows.stacks] + list(steps.model.bags.buffers())
     arrays = [a for a in arrays if a.dtype == torch.float32]
@@ -50,7 +50,7 @@ def test_a_plan_counts_the_arrays_of_a_run(lanes, optimizer):
     assert held(states) <= sum(t.optimizer for t in training) <= 1.01 * held(states) + 512 * len(training)
     assert [t.placement for t in training] == ["dense", "sparse", "sparse"]
     rows = 64 * 2 * (128 if lanes else 16) * 4
-    dense = plan.padded_bytes((40, 16), 4, lanes)
+    dense = plan.held_bytes((40, 16), torch.float32, device.rows)
     assert [t.gradient for t in training] == [dense, rows, rows if lanes else rows // 2]
 
 
@@ -59,14 +59,6 @@ def test_a_plugins_own_parameters_count_with_their_optimizer():
     (_, core, _), makes = _training(open_device("cpu").rows, config, ["exact", "tensorly_tt:rank=4", "exact"])
     bytes_of_cores = sum(p.numel() * 4 for p in makes[1](TABLES[1]).parameters())
     assert core == plan.TrainingBytes("dense", bytes_of_cores, 2 * bytes_of_cores, bytes_of_cores)
-
-
-@pytest.mark.parametrize(
-    ("shape", "item", "bytes"),
-    [((1000, 16), 4, 1000 * 512), ((1001, 128), 4, 1008 * 512), ((5,), 4, 512), ((3, 4, 130), 2, 3 * 8 * 256 * 2)],
-)
-def test_lanes_and_sublanes_are_filled_up(shape, item, bytes):
-    assert plan.padded_bytes(shape, item, 128) == bytes
 
 
 def test_memory_is_read_as_people_write_it():

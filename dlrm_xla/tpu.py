@@ -1,0 +1,184 @@
+"""TPU chips, the bytes that an array takes on them, and the least time that a step can take.
+
+Everything here is arithmetic: no TPU, no compiler. docs/tpu.md derives it and checks it against libtpu's compiler.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dlrm_xla.errors import UserError, choices
+
+SUBLANES, LANES = 8, 128
+# A sublane of 128 numbers of 32 bits: what one asynchronous copy of a row moves at least, for rows are tiled so.
+LINE_BYTES = 4 * LANES
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device of a TPU topology is: a chip, or one of its two halves on a TPU7x.
+
+    ``topology`` and ``chip_config`` are what `jax.experimental.topologies.get_topology_desc` wants for one host.
+    ``hbm_bytes`` is what the compiler lets a program use, less than what is sold; ``hbm_bytes_per_second`` and
+    ``bf16_flops`` are published peaks; ``vmem_bytes`` is memory on the chip, of one TensorCore. ``clock_hz`` turns the
+    compiler's cycles into time: published peak over the flops that all matrix units do in a cycle.
+    """
+
+    name: str
+    topology: str
+    hbm_bytes: int
+    hbm_bytes_per_second: float
+    bf16_flops: float
+    vmem_bytes: int
+    clock_hz: float
+    tensor_cores: int
+    sparse_cores: int
+    chip_config: str = "default"
+    devices_per_chip: int = 1
+
+
+_GB, _GIB, _MIB = 1e9, 2**30, 2**20
+# Peaks and SparseCores: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. VMEM, TensorCores and matrix units:
+# jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2. HBM: the figure in libtpu 0.0.42's error for a program that is too
+# large. Flops a cycle and TensorCore: 4 units of 128 x 128 do 131,072; 2 units of 256 x 256 (v6e, 7x) do 524,288, two
+# passes a cycle, for the compiler schedules 369,912 flops a cycle there and one pass would be 262,144. The clocks that
+# follow for v4, v5e and v5p are the published ones (Jouppi et al. 2023, table 4; the scaling book, "TPUs").
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 16 * _MIB, 1.05e9, 2, 4, "megacore"),
+        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 128 * _MIB, 1.5e9, 1, 0),
+        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 64 * _MIB, 1.75e9, 2, 4),
+        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 128 * _MIB, 1.75e9, 1, 2),
+        Chip("tpu7x", "tpu7x:2x2x1", int(94.75 * _GIB), 3690 * _GB, 1153.5e12, 64 * _MIB, 2.2e9, 1, 2, "default", 2),
+    )
+}
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of this name; a UserError lists them."""
+    if name not in CHIPS:
+        raise UserError(f"no chip {name!r}; {choices(name, CHIPS)}")
+    return CHIPS[name]
+
+
+class Layout(NamedTuple):
+    """How the compiler lays out an argument: the dimensions along lanes and sublanes, sublanes a tile, bytes."""
+
+    lanes: int
+    sublanes: int
+    tile: int
+    bytes: int
+
+
+def layout(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Layout:
+    """The layout that libtpu chooses for an argument of at least two dimensions: of all, the one of fewest bytes.
+
+    With p = 4 / itemsize numbers packed along the sublanes of a 32-bit word, a tile is s x 128 numbers, s the least
+    power of two in [p, 8] that the sublane dimension fits, or 8. An array takes
+
+        prod(other dimensions) ceil(sublane dimension / s) s ceil(lane dimension / 128) 128 itemsize
+
+    bytes. Every ordered pair of dimensions may be the sublanes and lanes; row-major wins a tie. 64-bit numbers are two
+    arrays of 32 bits.
+    """
+    word = min(dtype.itemsize, 4)
+    pairs = sorted(
+        itertools.permutations(range(len(shape)), 2), key=lambda pair: pair != (len(shape) - 2, len(shape) - 1)
+    )
+    found = []
+    for sublanes, lanes in pairs:
+        tile = min(SUBLANES, max(4 // word, _power_of_two(shape[sublanes])))
+        rest = math.prod(n for d, n in enumerate(shape) if d not in (sublanes, lanes))
+        padded = rest * _round_up(shape[sublanes], tile) * _round_up(shape[lanes], LANES)
+        found.append(Layout(lanes, sublanes, tile, padded * dtype.itemsize))
+    return min(found, key=lambda one: one.bytes)
+
+
+def storage_bytes(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of an argument in HBM, equal to the compiler's memory analysis (docs/tpu.md, statement 1).
+
+    From two dimensions on those of its `layout`. One dimension is a row of tiles of min(1024, the least power of two
+    that holds it) numbers, of 512 bytes at least; so is a number without a dimension.
+    """
+    if len(shape) > 1:
+        return layout(shape, dtype).bytes
+    numbers = math.prod(shape)
+    tile = min(SUBLANES * LANES, max(LINE_BYTES // min(dtype.itemsize, 4), _power_of_two(numbers)))
+    return _round_up(numbers, tile) * dtype.itemsize
+
+
+def row_bytes(dim: int) -> int:
+    """Bytes that the copy of one row moves at least: whole lines of 512.
+
+    A row narrower than 128 shares its line with its neighbours, and so does, in types of 16 and 8 bits, a row of 128
+    lanes with the one or three rows in the same 32-bit words: neither is moved for less than a line.
+    """
+    return -(-dim // LANES) * LINE_BYTES
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Rows of one width that a step looks up and updates.
+
+    ``rows`` ids, ``states`` arrays of an optimizer as wide as the rows, ``row_states`` with one number a row.
+    """
+
+    rows: int
+    dim: int
+    states: int = 0
+    row_states: int = 0
+
+    @property
+    def forward_bytes(self) -> int:
+        """One reading of each row."""
+        return self.rows * row_bytes(self.dim)
+
+    @property
+    def step_bytes(self) -> int:
+        """Each row read for the forward step, read and written by the update; state read and written."""
+        update = 2 * (1 + self.states) * row_bytes(self.dim) + 2 * self.row_states * LINE_BYTES
+        return self.forward_bytes + self.rows * update
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """The least that a step moves and multiplies, and the time of the slower of the two; they may overlap fully."""
+
+    bytes: int
+    flops: float
+    memory_seconds: float
+    matrix_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The bound."""
+        return max(self.memory_seconds, self.matrix_seconds)
+
+
+def lower_bound(
+    chip: Chip, touched: Iterable[Touched], *, other_bytes: int = 0, flops: float = 0, training: bool = True
+) -> LowerBound:
+    """The least time of a step: max(bytes / HBM bandwidth, flops / peak).
+
+    ``other_bytes`` are those of the batch and of dense parameters: each read once, and in training written once.
+    ``flops`` are those of products of matrices, 2 per multiplication and addition, at the bf16 peak, which is what a
+    TPU gives float32 factors at default precision. Nothing else costs time: not the sorting of ids, the interaction's
+    layout, or vector work.
+    """
+    moved = sum(t.step_bytes if training else t.forward_bytes for t in touched) + other_bytes
+    return LowerBound(moved, flops, moved / chip.hbm_bytes_per_second, flops / chip.bf16_flops)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
