@@ -26,6 +26,8 @@ from dlrm_xla.trained_rows import TrainedRows
 Placement = Literal["matmul", "dense", "sparse"]
 # Initial values are drawn in parts, so that a table on disk never is in memory whole.
 _INITIAL_ROWS = 2**18
+# What a table takes from which on it is worth a file of its own.
+LEAST_FILE_BYTES = 2**26
 
 
 class RowTable(nn.Module):
@@ -75,7 +77,7 @@ class RowTable(nn.Module):
 class RowFiles:
     """Files of a folder as arrays: what is read comes from disk, what is written goes there, memory is a cache."""
 
-    def __init__(self, folder: Path, least_bytes: int = 2**26) -> None:
+    def __init__(self, folder: Path, least_bytes: int = LEAST_FILE_BYTES) -> None:
         self.folder = folder
         self.least_bytes = least_bytes
         self._count = 0

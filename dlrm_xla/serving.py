@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, unpack
 from dlrm_xla.config import Config
-from dlrm_xla.contract import Table
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.devices import Device
+from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.plan import TablePlan
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.row_optim import DTYPES
-from dlrm_xla.rows import RowTable
+from dlrm_xla.rows import LEAST_FILE_BYTES, RowTable
+from dlrm_xla.tensor_file import TensorFile
 
 
 def describe(
@@ -39,17 +43,45 @@ def describe(
 
 def build(described: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> DLRM:
     """The model that was described, with initial values."""
+    return _built(described, partial(RowTable, dtype=dtype))
+
+
+def _built(described: Mapping[str, Any], rows: MakeBag) -> DLRM:
     tables = [Table(t["name"], t["rows"], t["dim"]) for t in described["tables"]]
-
-    def rows(table: Table) -> RowTable:
-        return RowTable(table, dtype=dtype)
-
     return DLRM(
         described["num_dense"],
         tables,
         [compose(parse(t["plugin"]), rows) for t in described["tables"]],
         **{k: described[k] for k in ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")},
     )
+
+
+def build_mapped(described: Mapping[str, Any], file: TensorFile, device: Device) -> DLRM:
+    """The model of a checkpoint with exact tables, whose rows stay in the file: to score with, not to train.
+
+    Only tables below `RowFiles.least_bytes` are copied, and all on a device that has no files.
+    """
+    names = {t["name"]: f"model.bags.{k}.weight" for k, t in enumerate(described["tables"])}
+
+    def rows(table: Table) -> RowTable:
+        with torch.device("meta"):
+            bag = RowTable(table)
+        weight_RD = file.tensor(names[table.name])
+        if weight_RD.shape != (table.num_rows, table.dim):
+            raise UserError(
+                f"{file.path} says that table {table.name} is {table.num_rows} x {table.dim}, but holds "
+                f"{list(weight_RD.shape)}"
+            )
+        bag.weight = nn.Parameter(weight_RD, requires_grad=False)
+        bag.file_backed = device.rows.files and weight_RD.nbytes >= LEAST_FILE_BYTES
+        return bag
+
+    model = _built(described, rows)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("bags."):
+                tensor.copy_(file.tensor(f"model.{name}"))
+    return model
 
 
 class Scorer(nn.Module):

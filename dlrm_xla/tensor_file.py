@@ -34,6 +34,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 _UNKNOWN = "0" * 64
 _PIECE = 2**24
 # What the safetensors library takes at most.
@@ -100,10 +101,11 @@ def sync_folder(folder: Path) -> None:
 class TensorFile:
     """A file that was found whole: what it says about itself, and its tensors, mapped from the disk."""
 
-    def __init__(self, path: Path, about: dict[str, str], handle: Any) -> None:
+    def __init__(self, path: Path, about: dict[str, str], handle: Any, head: tuple[bytes, dict[str, Any]]) -> None:
         self.path = path
         self.about = about
         self._handle = handle
+        self._start, self._header = len(head[0]), head[1]
         self.names: set[str] = set(handle.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -114,6 +116,15 @@ class TensorFile:
         """A tensor on the host."""
         tensor: Tensor = self._handle.get_tensor(self._known(name))
         return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, read rather than mapped: mapped pages of a table stay until they are wanted elsewhere."""
+        entry = self._header[self._known(name)]
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        width = int(np.prod(shape[1:])) * dtype.itemsize
+        place = self._start + entry["data_offsets"][0] + start * width
+        data = np.fromfile(self.path, np.uint8, (min(stop, shape[0]) - start) * width, offset=place)
+        return torch.from_numpy(data).view(dtype).view(-1, *shape[1:])
 
     def _known(self, name: str) -> str:
         if name not in self.names:
@@ -130,17 +141,17 @@ def opened(path: Path) -> Iterator[TensorFile]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        _verify(path)
+        head = _verify(path)
         handle = safe_open(path, framework="pt")
         about: dict[str, str] = handle.metadata() or {}  # type: ignore[no-untyped-call]
     except (OSError, SafetensorError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
     with handle:
-        yield TensorFile(path, about, handle)
+        yield TensorFile(path, about, handle, head)
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path) -> tuple[bytes, dict[str, Any]]:
     with path.open("rb") as file:
         head, header = _read_header(path, file)
         written = header.get("__metadata__", {}).get("sha256")
@@ -154,6 +165,7 @@ def _verify(path: Path) -> None:
             digest.update(piece)
     if digest.hexdigest() != written or head != _header_bytes(_with_digest(header, written)):
         raise _damaged(path, "its checksum is another")
+    return head, header
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:

@@ -105,11 +105,16 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     watch = GraphWatch(device, launcher.warn)
 
-    source = serving.build(about["model"], DTYPES[config.row_precision])
-    before_steps = Steps(source, dataset.bag_lengths, device, config)
-    checkpoint.load_model(path, before_steps.model, before_steps.rows)
-    before = _scores(before_steps, loader, GraphWatch(device, launcher.warn))
-    del before_steps, source
+    with opened(path) as file:
+        for table, trained in zip(plan.tables, _trained(file, plan), strict=True):
+            check_rows(table.name, trained)
+        source = serving.build_mapped(about["model"], file, device)
+        # Nothing is trained, so rows have no state.
+        scored = Steps(
+            source, dataset.bag_lengths, device, dataclasses.replace(config, row_optimizer="sgd", row_kernels="own")
+        )
+        before = _scores(scored, loader, GraphWatch(device, launcher.warn))
+    del scored, source
     described = serving.describe(config, plan.bags, *dataset.shape)
     model = serving.build(described, DTYPES[config.row_precision])
     scratch.mkdir(parents=True, exist_ok=True)
@@ -229,7 +234,16 @@ def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
     """How often training looks up each row of a table, float32 [num_rows]; row 0 has all ids that have none."""
     counts = dataset.counts[feature][: num_rows - 1]
     rest = dataset.lookups(feature, "train") - counts.sum()
-    return torch.from_numpy(np.concatenate([[rest], counts]).astype(np.float32))
+    found = np.empty(num_rows, np.float32)
+    found[0], found[1:] = rest, counts
+    return torch.from_numpy(found)
+
+
+def _trained(file: TensorFile, plan: launcher.Plan) -> list[TrainedRows]:
+    return [
+        TrainedRows(partial(file.rows, f"model.bags.{k}.weight"), table.num_rows, table.dim)
+        for k, table in enumerate(plan.tables)
+    ]
 
 
 def _compress_tables(
@@ -250,9 +264,7 @@ def _compress_tables(
             f"{scratch} is of another compression that was stopped. Delete {scratch.parent} or choose another --out."
         )
     job_file.write_text(json.dumps(job))
-    read = {k: TrainedRows.of(file.tensor(f"model.bags.{k}.weight")) for k in range(len(plan.tables))}
-    for k, table in enumerate(plan.tables):
-        check_rows(table.name, read[k])
+    read = _trained(file, plan)
     rows = []
     for k, (table, planned, make) in enumerate(zip(plan.tables, plan.bags, plan.make_bags, strict=True)):
         count = lookups(dataset, k, table.num_rows)

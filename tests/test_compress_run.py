@@ -9,6 +9,10 @@ import yaml
 from conftest import launch_script
 from safetensors.torch import load_file
 
+from dlrm_xla import serving
+from dlrm_xla.devices import open_device
+from dlrm_xla.tensor_file import Section, opened, write
+
 launcher, compress = launch_script("run"), launch_script("compress")
 SETTINGS = {
     "synthetic_tables": [30, 400, 200],
@@ -59,6 +63,30 @@ def test_a_compressed_run_is_a_run(trained, tmp_path, capsys):
     assert launcher.main(["--export", best, "--out", str(tmp_path / "program"), "--batch-size", "4"]) == 0
     assert launcher.main(["--resume", str(out)]) == 0
     assert _report(out)["steps"] > 0
+
+
+def test_large_tables_stay_in_the_checkpoint_while_it_is_scored(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("dlrm_xla.serving.LEAST_FILE_BYTES", 400 * 8 * 4)
+    with opened(trained) as file:
+        about = json.loads(file.about["about"])
+        model = serving.build_mapped(about["model"], file, open_device("cpu"))
+        mapped = [bag.weight.data_ptr() for bag in model.bags.children() if bag.file_backed]
+        assert mapped == [file.tensor("model.bags.1.weight").data_ptr()]
+    assert compress.main([str(trained), "--plugin", "svd:rank=7", "--out", str(tmp_path / "small")]) == 0
+    assert _report(tmp_path / "small")["before"]["test"]["auc"] == _report(trained.parent.parent)["auc"]
+
+
+def test_rows_that_are_not_finite_are_refused_before_anything_is_done(trained, tmp_path, capsys):
+    with opened(trained) as file:
+        tensors = {name: file.tensor(name).clone() for name in file.names}
+        about = dict(file.about)
+    tensors["model.bags.1.weight"][3, 2] = torch.nan
+    bad = tmp_path / "bad.safetensors"
+    del about["sha256"]
+    write(bad, [Section([(n, t.shape)], t.dtype, [t]) for n, t in tensors.items()], about)
+    assert compress.main([str(bad), "--plugin", "svd:rank=2", "--out", str(tmp_path / "out")]) == 2
+    assert "table C2: row 3 is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_fine_tuning_keeps_what_was_compressed_where_training_makes_it_worse(trained, tmp_path, capsys):

@@ -230,5 +230,8 @@ def test_files_are_what_the_library_reads(tmp_path):
     with tensor_file.opened(tmp_path / "f") as file:
         assert file.about["format"] == "x"
         assert file.shape("a") == (3, 5)
+        assert torch.equal(file.rows("a", 1, 9), tensors["a"][1:])
+        assert torch.equal(file.rows("b", 1, 3), tensors["b"][1:3])
+        assert torch.equal(file.rows("c", 0, 1), tensors["c"][:1])
         with pytest.raises(UserError, match="has no nothing"):
             file.tensor("nothing")
