@@ -302,7 +302,9 @@ def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | No
         print(f"{folder} holds no checkpoint yet: the run starts from its beginning")
         return None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    for line in guards.config_changes(found[1]["config"], now):
+    # A setting that the checkpoint's version did not have was at what is its default now.
+    saved = {**dataclasses.asdict(Config()), **found[1]["config"]}
+    for line in guards.config_changes(saved, now):
         warn(line)
     for line in guards.version_changes(found[1]["versions"], versions()):
         warn(line)

@@ -12,6 +12,7 @@ from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import registry
 from dlrm_xla.devices import Counters, open_device
+from dlrm_xla.guards import doubts
 from dlrm_xla.train import GraphWatch, Steps
 
 launcher = launch_script("run")
@@ -83,6 +84,46 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_the_good_checkpoint_sta
     monkeypatch.setattr(Steps, "train", real)
     if device == "cpu":
         assert launcher.main(["--resume", str(out)]) == 0
+
+
+@needs_xla
+def test_a_graph_that_xla_compiles_after_the_second_step_is_told(tmp_path, capsys, monkeypatch):
+    def drifting(table, inner):
+        class Drifting(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bag = inner(dataclasses.replace(table, num_rows=5))
+                self.register_buffer("shift", torch.zeros(1))
+
+            def forward(self, ids_BL, weights_BL):
+                return self.bag(ids_BL % 5, weights_BL) + self.shift * weights_BL.sum(1, keepdim=True)
+
+            def refresh(self):
+                self.shift.add_(0.5)  # on the device, outside a step
+
+        return Drifting()
+
+    monkeypatch.setattr(registry, "load", lambda name: drifting)
+    few = _config(tmp_path, "synthetic_tables: [300, 200]\nbottom: [8]\ntop: [8]\n")
+    flags = ["--config", str(few), "--plugin", "drifting", "--min-rows", "10", "--evals-per-epoch", "2"]
+    launcher.main([*SMALL, *flags, "--device", "xla", "--out", str(tmp_path / "r")])
+    printed = capsys.readouterr().err
+    assert "one-graph rule broken: train step 6: compiled 2 graphs where 1 is enough" in printed
+
+
+@pytest.mark.parametrize(
+    ("auc", "log_loss", "told"),
+    [
+        (0.504, 0.4, "near that of chance"),
+        (0.4, 0.4, "worse than chance"),
+        (0.7, 0.51, "no better than 0.5000 of a constant"),
+        (0.7, 0.49, ""),
+    ],
+)
+def test_doubts(auc, log_loss, told):
+    found = doubts(auc, log_loss, 0.5)
+    assert told in found
+    assert bool(found) == bool(told)
 
 
 def test_a_model_that_learned_nothing_is_told_with_causes(tmp_path, capsys):

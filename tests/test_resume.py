@@ -1,11 +1,14 @@
 """Runs that were interrupted go on as if they had not been, and damaged checkpoints never load."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 
 from dlrm_xla import checkpoint, tensor_file
 from dlrm_xla.batches import PackedBatch
+from dlrm_xla.checkpoint_folder import CheckpointFolder
 from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
@@ -38,6 +42,10 @@ SETTINGS = {
     "log_every": 4,
     "save_every": 1,
     "keep_checkpoints": 100,
+    # A run that goes on goes on in its schedule.
+    "warmup_steps": 4,
+    "decay_start": 8,
+    "decay_steps": 30,
 }
 
 
@@ -114,6 +122,57 @@ def test_a_signal_saves_the_step_at_hand_and_the_run_goes_on(number, settings, t
     assert launcher.main(["--resume", str(stopped)]) == 0
     assert _bits(stopped / "checkpoints/last.safetensors") == _bits(calm / "checkpoints/last.safetensors")
     assert (stopped / "metrics.jsonl").read_text() == (calm / "metrics.jsonl").read_text()
+
+
+def test_a_disk_that_fills_stops_the_run_and_what_was_saved_goes_on(settings, tmp_path, monkeypatch, capsys):
+    calm, full = tmp_path / "calm", tmp_path / "full"
+    assert launcher.main([*settings, "--out", str(calm)]) == 0
+    limits, real = resource.getrlimit(resource.RLIMIT_FSIZE), Steps.train
+
+    def train(self, packed, step):
+        if step == 6:
+            size = (full / "checkpoints" / "last.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+        real(self, packed, step)
+
+    monkeypatch.setattr(Steps, "train", train)
+    try:
+        assert launcher.main([*settings, "--out", str(full)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    printed = capsys.readouterr().err
+    assert "cannot write the checkpoint" in printed
+    assert "Free space there" in printed
+    assert checkpoint.read_about(full / "checkpoints" / "last.safetensors")["step"] == 6
+    assert launcher.main(["--resume", str(full)]) == 0
+    assert _bits(full / "checkpoints/last.safetensors") == _bits(calm / "checkpoints/last.safetensors")
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_counts_as_its_default(settings, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert launcher.main([*settings, "--epochs", "1", "--out", str(folder)]) == 0
+    path, found = CheckpointFolder(folder / "checkpoints", 1).newest(print)
+    del found["config"]["cross_rank"], found["config"]["row_weight_decay"]
+    capsys.readouterr()
+    now, _ = resolve({}, folder / "config.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointFolder, "newest", lambda self, say: (path, found))
+        assert launcher.find_start(now, folder)[0] == path
+        assert capsys.readouterr().err == ""
+        with pytest.raises(UserError, match="cross_rank: 512 -> 8"):
+            launcher.find_start(dataclasses.replace(now, cross_rank=8), folder)
+
+
+@pytest.mark.slow
+def test_a_few_kills_of_the_campaign(tmp_path):
+    campaign = ROOT / "tests" / "campaigns" / "kills.py"
+    command = [sys.executable, str(campaign), "--kills", "8", "--scratch", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["kills"] >= 8
+    assert found["failed"] == []
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(settings, tmp_path, capsys):

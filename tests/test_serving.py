@@ -9,7 +9,7 @@ import torch
 from conftest import launch_script, needs_xla
 from sklearn.metrics import roc_auc_score
 
-from dlrm_xla import serving
+from dlrm_xla import registry, serving
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import export
 
@@ -72,12 +72,17 @@ def _inputs(batch):
     return dense, torch.from_numpy(np.concatenate(ids, 1).astype(np.int32))
 
 
+CHOSEN = [
+    *("exact", "tensorly_tt:rank=12", "hash_rows:rows=20+int8", "random_projection:dim=2"),
+    "hot_cold+hash_rows:rows=9",
+]
+
+
 @needs_xla
 # torch_xla's own, while it loads what it wrote
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize(
-    "spec",
-    ["exact", "tensorly_tt:rank=12", "hash_rows:rows=20+int8", "random_projection:dim=2", "hot_cold+hash_rows:rows=9"],
+    "spec", [*CHOSEN, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*registry.installed()}))]
 )
 def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
     from torch_xla.stablehlo import StableHLOGraphModule
