@@ -86,6 +86,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_the_good_checkpoint_sta
         assert launcher.main(["--resume", str(out)]) == 0
 
 
+@pytest.mark.slow
 @needs_xla
 def test_a_graph_that_xla_compiles_after_the_second_step_is_told(tmp_path, capsys, monkeypatch):
     def drifting(table, inner):
