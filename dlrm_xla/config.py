@@ -146,8 +146,8 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
             values[key] = _checked(key, value, origin)
             origins[key] = origin
     config = Config(**values)
-    if values.get("ratio", 0) and values["ratio"] < 1:
-        raise UserError(f"--ratio is {values['ratio']:g}, but must be at least 1: exact bytes over those to keep")
+    if config.ratio and not config.ratio >= 1:  # nan too
+        raise UserError(f"--ratio is {config.ratio:g}, but must be at least 1: exact bytes over those to keep")
     for name in _POSITIVE + _NOT_NEGATIVE:
         least = 1 if name in _POSITIVE else 0
         if getattr(config, name) < least:

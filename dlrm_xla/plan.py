@@ -15,10 +15,10 @@ from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import RowAccess
 from dlrm_xla.errors import UserError, choices
-from dlrm_xla.registry import compose, parse
+from dlrm_xla.registry import Layer, compose, parse
 from dlrm_xla.row_optim import DTYPES, RULES
 from dlrm_xla.rows import Placement, RowTable, lines_of
-from dlrm_xla.sizing import Budget, fit
+from dlrm_xla.sizing import Budget, fit, smallest_layers
 from dlrm_xla.tpu import row_bytes, storage_bytes
 
 
@@ -90,6 +90,12 @@ def plan(
     if unknown:
         name = min(unknown)
         raise UserError(f"the configuration names a table {name!r}; {choices(name, (t.name for t in tables))}")
+    for table in tables:
+        if table.name in single:
+            check_composition(parse(single[table.name]), table, innermost)
+    replaced = [t for t in tables if t.name not in single and (budget or t.num_rows >= min_rows)]
+    if replaced:
+        check_composition(parse(plugin), max(replaced, key=lambda t: t.num_rows), innermost, smallest=bool(budget))
     plans, bags = [], []
     sizes = {}
     if budget:
@@ -116,6 +122,32 @@ def plan(
         plans.append(TablePlan(table.name, table.num_rows, table.dim, name, kept, table.num_rows * table.dim * 4, note))
         bags.append(make)
     return plans, bags
+
+
+def check_composition(layers: list[Layer], table: Table, innermost: MakeBag, smallest: bool = False) -> None:
+    """Raises a UserError where a plugin asks for no table, so that what is written behind it would do nothing.
+
+    ``table`` should be the largest, for a plugin may need nothing behind it in small ones; with ``smallest`` the layer
+    that a budget sizes is taken at its smallest.
+    """
+    if smallest:
+        layers = smallest_layers(layers, table)
+    for place, layer in enumerate(layers[:-1], 1):
+        behind = compose(layers[place:], innermost)
+        asked: list[Table] = []
+
+        def inner(asked_for: Table, behind: MakeBag = behind, asked: list[Table] = asked) -> nn.Module:
+            asked.append(asked_for)
+            return behind(asked_for)
+
+        on_meta(compose([layer], inner), table, "+".join(map(str, layers)))
+        if not asked:
+            rest = "+".join(map(str, layers[place:]))
+            raise UserError(
+                f"plugin {'+'.join(map(str, layers))!r} cannot work: {layer} asks for no table behind it, not even for "
+                f"{table.name} ({table.num_rows:,} x {table.dim}), so {rest} would do nothing. Leave {rest} out, or "
+                f"write {layer} last."
+            )
 
 
 def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:

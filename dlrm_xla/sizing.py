@@ -40,6 +40,19 @@ def sized_layer(layers: Sequence[Layer]) -> tuple[int, Size] | None:
     return None
 
 
+def smallest_layers(layers: Sequence[Layer], table: Table) -> list[Layer]:
+    """The layers with the smallest size of the one that a budget sizes."""
+    found = sized_layer(layers)
+    values = found[1].values(table) if found else []
+    return with_size(layers, *found, values[0]) if found and len(values) else list(layers)
+
+
+def with_size(layers: Sequence[Layer], place: int, size: Size, value: int) -> list[Layer]:
+    """The layers with a value of the option that sizes the one at ``place``."""
+    options: Mapping[str, object] = {**layers[place].options, size.option: value}
+    return [*layers[:place], replace(layers[place], options=options), *layers[place + 1 :]]
+
+
 def fit(
     tables: Sequence[Table],
     layers: Sequence[Layer],
@@ -75,7 +88,7 @@ def _refusal(layers: Sequence[Layer], budget: Budget, least: int) -> str:
         return f"{text}; --memory {math.ceil(least / 1000)}kB is the least that it can keep to"
     reachable = math.floor(10 * budget.whole / least) / 10
     return (
-        f"{text}, so a ratio from 1 to {reachable:,.1f} is within its reach. Take --ratio {reachable:,.1f}, or a "
+        f"{text}, so a ratio from 1 to {reachable:,.1f} is within its reach. Take --ratio {reachable:.1f}, or a "
         "plugin that keeps less per row"
     )
 
@@ -95,8 +108,8 @@ class _Candidates:
 
     def __post_init__(self) -> None:
         self.exact = self.cost(self.build(self.innermost, self.table, "exact"), self.table)
-        found = sized_layer(self.layers)
-        self._place, self._values = (found[0], found[1].values(self.table)) if found else (-1, range(1))
+        self._sized = sized_layer(self.layers)
+        self._values = self._sized[1].values(self.table) if self._sized else range(1)
 
     def choose(self, cap: float) -> tuple[list[Layer], int]:
         """The largest bag of at most ``cap`` bytes, else the smallest there is; and its bytes."""
@@ -124,11 +137,4 @@ class _Candidates:
         return self._costs[index]
 
     def _at(self, index: int) -> list[Layer]:
-        if self._place < 0:
-            return self.layers
-        layers = list(self.layers)
-        layer = layers[self._place]
-        size: Size = getattr(load(layer.name), "size")  # noqa: B009 - no attribute that a type checker knows
-        options: Mapping[str, object] = {**layer.options, size.option: self._values[index]}
-        layers[self._place] = replace(layer, options=options)
-        return layers
+        return with_size(self.layers, *self._sized, self._values[index]) if self._sized else self.layers

@@ -97,6 +97,7 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     _check_data(about, config, dataset)
     plan = launcher.make_plan(config, device, device.rows, dataset)
     print(launcher.planning.text(plan.bags))
+    print(plan.ratio())
     if all(p.plugin == registry.EXACT for p in plan.bags):
         raise UserError(
             f"{config.plugin} would replace no table, for the reasons above. Give --ratio, options that keep less, or "
@@ -127,9 +128,8 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
     after = _scores(steps, loader, watch)
     base = base_rate_metrics(loader.labels("test").numpy(), dataset.click_rate("train"))
-    exact = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
     outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
-    report = launcher.make_report(config, plan, exact, steps, watch, outcome, after["test"], base, best_auc)
+    report = launcher.make_report(config, plan, steps, watch, outcome, after["test"], base, best_auc)
     report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after, "compression": tables}
     about = {"config": dataclasses.asdict(config), "model": described, "data": describe_data(dataset)}
     _write_run(RunFolder(config, origins, resumed=out), steps, outcome, about, report)

@@ -142,6 +142,12 @@ class Plan(NamedTuple):
     training: list[planning.TrainingBytes]
     files: RowFiles | None
     memory: float
+    whole: int
+
+    def ratio(self) -> str:
+        """What all tables keep, and the ratio that is asked for and reported."""
+        kept = sum(p.bytes for p in self.bags)
+        return f"{kept:,} bytes to serve, 1/{self.whole / kept:,.1f} of exact tables over all ids seen in training"
 
 
 def make_plan(config: Config, device: Device, access: RowAccess, dataset: PreparedDataset | None) -> Plan:
@@ -156,7 +162,8 @@ def make_plan(config: Config, device: Device, access: RowAccess, dataset: Prepar
 
     positions = {table.name: k for k, table in enumerate(tables)}
     whole = sum(dataset.num_rows(f, 0) for f in range(len(tables))) if dataset else sum(t.num_rows for t in tables)
-    budget = make_budget(config, trained, whole * config.dim * 4)
+    whole *= config.dim * 4
+    budget = make_budget(config, trained, whole)
     plans, make_bags = planning.plan(tables, config.plugin, config.tables, config.min_rows, innermost, budget)
     unknown = set(config.placement) - {t.name for t in tables}
     if unknown:
@@ -167,7 +174,7 @@ def make_plan(config: Config, device: Device, access: RowAccess, dataset: Prepar
         for make, table, length in zip(make_bags, tables, lengths, strict=True)
     ]
     memory = planning.read_bytes(config.memory) if config.memory else device.memory
-    return Plan(tables, plans, make_bags, training, files, memory)
+    return Plan(tables, plans, make_bags, training, files, memory, whole)
 
 
 def make_budget(config: Config, trained: Callable[[nn.Module, Table], int], exact_bytes: int) -> Budget | None:
@@ -233,6 +240,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed, pinned=config.device == "cuda")
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
+    print(plan.ratio())
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
         print(
             f"*** {config.plugin} REPLACES NO TABLE: all stay exact, for the reasons above. Lower --min-rows, take "
@@ -280,8 +288,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
         labels = loader.labels("test").numpy()
         result = click_metrics(labels, predict(steps, loader, "test", watch))
         base = base_rate_metrics(labels, dataset.click_rate("train"))
-        exact_all_ids = sum(dataset.num_rows(f, 0) for f in range(len(plan.tables))) * config.dim * 4
-        report = make_report(config, plan, exact_all_ids, steps, watch, outcome, result, base, best_auc)
+        report = make_report(config, plan, steps, watch, outcome, result, base, best_auc)
         report["warnings"] = warnings
         folder.plot(f"{title(report)}: test AUC {result['auc']:.4f}", base["log_loss"], best_auc)
         folder.report(report)
@@ -335,7 +342,6 @@ def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder) -
 def make_report(
     config: Config,
     plan: Plan,
-    exact_all_ids: int,
     steps: Steps,
     watch: GraphWatch,
     outcome: Outcome,
@@ -364,8 +370,8 @@ def make_report(
         "steps": outcome.steps,
         "samples": outcome.samples,
         "embedding_bytes": embedding_bytes,
-        "exact_embedding_bytes": exact_all_ids,
-        "compression_ratio": exact_all_ids / embedding_bytes,
+        "exact_embedding_bytes": plan.whole,
+        "compression_ratio": plan.whole / embedding_bytes,
         "num_parameters": sum(p.numel() for p in steps.model.parameters())
         + sum(stack.num_rows * stack.dim for stack in steps.rows.stacks),
         "train_samples_per_second": config.batch_size / outcome.step_ms_median * 1000,
@@ -441,6 +447,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan = make_plan(config, device, device.planned, dataset)
             print(f"as {device.planned.description} lays tables out:")
             print(planning.text(plan.bags, plan.training, plan.memory))
+            if dataset:
+                print(plan.ratio())
             return 0
         return run(config, origins, resumed)
     except UserError as error:

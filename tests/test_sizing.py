@@ -69,12 +69,57 @@ def test_the_outermost_layer_without_a_size_is_sized():
     assert _planned("hash_rows+int4", 50)[-1].plugin.endswith("+int4")
 
 
+def _offered(error):
+    return float(str(error).split("Take --ratio ")[1].split(", or")[0])
+
+
 @pytest.mark.parametrize("name", ["low_rank", "int4", "memcom"])
 def test_a_ratio_out_of_reach_is_refused_with_one_that_is_not(name):
     with pytest.raises(UserError, match=rf"--ratio 1000: {name} takes at least .* a ratio from 1 to [\d.]+") as error:
         _planned(name, 1000)
-    reachable = float(str(error.value).split("Take --ratio ")[1].split(", or")[0])
+    reachable = _offered(error.value)
     assert sum(p.bytes for p in _planned(name, reachable)) <= WHOLE / reachable
+
+
+def test_a_budget_below_the_exact_small_tables_is_refused_with_one_that_works():
+    small = sum(t.num_rows for t in TABLES[:2]) * 64
+    with pytest.raises(UserError, match="hash_rows takes at least") as error:
+        _planned("hash_rows", WHOLE / small * 10)
+    reachable = _offered(error.value)
+    assert reachable > 1000, "read as a flag is, without a comma"
+    assert sum(p.bytes for p in _planned("hash_rows", reachable)) <= WHOLE / reachable
+    for offered in (f"{reachable + 1:.1f}", f"{reachable * 2:.1f}"):
+        with pytest.raises(UserError, match="is within its reach"):
+            _planned("hash_rows", float(offered))
+
+
+@pytest.mark.parametrize(
+    ("spec", "idle"),
+    [
+        ("tensorly_tt+int8", "int8"),
+        ("tensorly_tt:rank=2+hash_rows:rows=9", "hash_rows:rows=9"),
+        ("hash_rows+dhe+int4", "int4"),
+        ("hot_cold:hot=100+matmul_codes+low_rank+int4", r"low_rank\+int4"),
+        ("hot_cold:hot=2000000+tensorly_tt", "tensorly_tt"),
+    ],
+)
+def test_what_would_do_nothing_behind_another_is_refused(spec, idle):
+    message = rf"cannot work: .* asks for no table behind it, not even for t1000003 \(1,000,003 x 16\), so {idle} "
+    with pytest.raises(UserError, match=message + "would do nothing"):
+        plan.plan(TABLES, spec, {}, 1000)
+    with pytest.raises(UserError, match=message + "would do nothing"):
+        plan.plan(TABLES, "exact", {"t1000003": spec}, 1000)
+    if "hot=2" not in spec:
+        with pytest.raises(UserError, match=f"so {idle} would do nothing"):
+            _planned(spec, 100)
+
+
+def test_compositions_of_which_every_part_works_are_planned():
+    assert plan.plan(TABLES, "hot_cold:hot=100+tensorly_tt", {}, 1000)[0][-1].plugin == "hot_cold:hot=100+tensorly_tt"
+    # hot_cold's own size is more rows than these tables have; a budget chooses another.
+    budget = Budget(20_000, lambda bag, table: plan.bytes_kept(bag), "--memory 20kB")
+    sized = plan.plan([Table("short", 583, 16)], "hot_cold+tensorly_tt:rank=1", {}, 10**9, budget=budget)[0]
+    assert sized[0].plugin.startswith("hot_cold:hot=")
 
 
 def test_tables_with_a_plugin_of_their_own_are_paid_for_first():
@@ -89,7 +134,7 @@ def test_a_run_keeps_to_its_ratio_and_a_plan_to_its_memory(tmp_path, capsys):
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert 20 <= report["compression_ratio"] < 21
     assert report["ratio_asked"] == 20
-    capsys.readouterr()
+    assert f"1/{report['compression_ratio']:,.1f} of exact tables over all ids seen" in capsys.readouterr().out
     assert launcher.main([*quick, "--memory", "30MB", "--plan"]) == 0
     assert "fits in 0.03 GB" in capsys.readouterr().out
 
@@ -98,4 +143,6 @@ def test_ratios_without_meaning_are_refused(capsys):
     assert launcher.main(["--ratio", "10"]) == 2
     assert "name one with --plugin" in capsys.readouterr().err
     assert launcher.main(["--ratio", "0.5", "--plugin", "hash_rows"]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+    assert launcher.main(["--ratio", "nan", "--plugin", "hash_rows"]) == 2
     assert "must be at least 1" in capsys.readouterr().err
