@@ -345,6 +345,11 @@ def test_commands_that_cannot_be_meant(small_log, tmp_path, capsys):
     assert main(["prepare", str(tmp_path / "none"), str(tmp_path / "p"), "--format", "criteo"]) == 2
     assert "no such file or folder" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
+    prepared_by(tmp_path / "p", small_log, "--format", "criteo")
+    assert main(["prepare", str(tmp_path / "p"), str(tmp_path / "q"), "--format", "criteo"]) == 2
+    assert "prepared dataset already" in capsys.readouterr().err
+    assert main(["stats", str(tmp_path / "p"), "--out", str(small_log / "s")]) == 2
+    assert "small.tsv" in capsys.readouterr().err
 
 
 def test_verify_tells_what_changed_and_opening_tells_it_too(small_log, tmp_path, capsys):
@@ -400,8 +405,11 @@ def test_statistics_are_a_table_a_file_and_a_page(small_log, tmp_path, capsys):
         assert table["top"]["100"] == pytest.approx(counts[:100].sum() / counts.sum())
         assert table["zero_test"] == pytest.approx((data.ids[600:650, k] == 0).mean())
         assert table["singletons"] == pytest.approx((counts == 1).mean())
-    missing = sum(not line.split("\t")[14] for line in small_log.read_text().splitlines()[:600])
-    assert found["missing"]["train"][0] == missing
+    values = [line.split("\t")[14] for line in small_log.read_text().splitlines()]
+    seen = set(values[:600])
+    table = found["tables"][0]
+    assert table["missing"] == pytest.approx(values[:600].count("") / 600)
+    assert table["unseen_test"] == pytest.approx(sum(v != "" and v not in seen for v in values[600:650]) / 50)
 
 
 def test_two_processes_prepare_one_folder_once(small_log, tmp_path):

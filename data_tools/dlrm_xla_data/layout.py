@@ -29,8 +29,8 @@ class Category:
 class Layout:
     """Columns of a log and their use.
 
-    ``columns`` are those of the file in order; with ``header`` its first line names them. ``label`` is 1 where its column
-    says 1 or, with ``above``, more than that. ``dense`` gives each number's transform: "none", or "log1p",
+    ``columns`` are those of the file in order; with ``header`` its first line names them. ``label`` is 1 where its
+    column says 1 or, with ``above``, more than that. ``dense`` gives each number's transform: "none", or "log1p",
     log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole. ``derive`` makes further columns from
     the file's. ``time`` or ``split`` name a column that decides a row's part. ``parquet``: files are Parquet.
     """

@@ -37,8 +37,9 @@ from dlrm_xla_data.protocols import PROTOCOLS, TRAIN, Split, make_split
 from dlrm_xla_data.raw_columns import RawColumns
 from dlrm_xla_data.vocabulary import Codes, Limits, build_vocabulary
 
-# Rows since the last mark are parsed again after an interruption: at some 100 MB/s, seconds.
-MARK_BYTES = 1 << 30
+# Rows since the last mark are parsed again after an interruption: at some 100 MB/s, under a minute. Scratch files that
+# are small enough to be used up before a mark is made never go to the disk.
+MARK_BYTES = 4 << 30
 THREADS = 2
 _MAPPED_CODES = 2**23
 _READ = "read.json"
@@ -96,6 +97,8 @@ def find_sources(source: Path, name: str) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise UserError(f"{source}: there is no such file or folder")
+    if (source / "meta.json").is_file():
+        raise UserError(f"{source} is a prepared dataset already: launch/run.py --data takes it as it is")
     if name == "movielens":
         for rating in ("ratings.dat", "u.data"):
             if (source / rating).is_file():
@@ -226,7 +229,9 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}. Give --data-cache a folder of yours.") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}. Name a folder of yours (launch/run.py: --data-cache)."
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

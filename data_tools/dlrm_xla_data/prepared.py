@@ -229,11 +229,13 @@ def written_whole(folder: Path, resumable: bool = False) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk is full while writing {folder}; nothing of it was kept. Free some space or give "
-                "--data-cache a folder on another disk."
+                f"the disk is full while writing {folder}; nothing of it was kept. Free some space, or name a folder "
+                "on another disk (launch/run.py: --data-cache)."
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise UserError(f"cannot write {folder}: {error.strerror}. Give --data-cache a folder of yours.") from error
+            raise UserError(
+                f"cannot write {folder}: {error.strerror}. Name a folder of yours (launch/run.py: --data-cache)."
+            ) from error
         raise
     except (KeyboardInterrupt, SystemExit):
         keep = resumable

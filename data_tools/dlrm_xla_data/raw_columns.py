@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +46,8 @@ class RawColumns:
         self.num_rows = 0
         self.num_bad = 0
         self.extra: dict[str, Any] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._marking: Future[None] | None = None
 
     def begin(self) -> Place:
         """Opens the files, behind what an interrupted reading of the same sources left whole."""
@@ -100,18 +104,26 @@ class RawColumns:
         self.num_bad += len(parsed.bad)
 
     def mark(self, place: Place) -> None:
-        """Makes what was appended outlast the process and the machine, so that reading can go on from ``place``."""
+        """Makes what was appended outlast the process and the machine, so that reading can go on from ``place``.
+
+        In the background: waiting for the disk took a tenth of the time of reading.
+        """
+        self._marked()
         for file in self._files.values():
             file.flush()
-            os.fsync(file.fileno())
         journal = {
             "key": self.key,
             "place": [place.file, place.offset, place.lines],
             "num_rows": self.num_rows,
             "num_bad": self.num_bad,
-            "extra": self.extra,
+            "extra": copy.deepcopy(self.extra),
             "sizes": {name: file.tell() for name, file in self._files.items()},
         }
+        self._marking = self._pool.submit(self._write_mark, journal, [f.fileno() for f in self._files.values()])
+
+    def _write_mark(self, journal: dict[str, Any], files: list[int]) -> None:
+        for number in files:
+            os.fsync(number)
         new = self.folder / f"{_JOURNAL}.new"
         with new.open("w") as out:
             json.dump(journal, out)
@@ -119,11 +131,20 @@ class RawColumns:
             os.fsync(out.fileno())
         new.replace(self.folder / _JOURNAL)
 
+    def _marked(self) -> None:
+        if self._marking is not None:
+            waiting, self._marking = self._marking, None
+            waiting.result()
+
     def close(self) -> None:
-        """Closes all files."""
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        """Closes all files, once a mark that is being made is made."""
+        try:
+            self._marked()
+        finally:
+            for file in self._files.values():
+                file.close()
+            self._files = {}
+            self._pool.shutdown()
 
     def chunks(self, name: str) -> Iterator[NDArray[Any]]:
         """A file's values of `CHUNK` rows at a time, [n] or [n, I]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,27 @@ TOP = (10, 100, 1_000, 10_000, 100_000)
 _ROWS = 2**18
 
 
-def statistics(dataset: PreparedDataset) -> dict[str, Any]:
+def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
     """Rows, clicks and, for each table, how its ids are distributed.
 
     Of a table: ``rows`` with id 0; ``singletons``, the share of ids that occur once in training; ``top``, the share of
     training lookups that the k most frequent ids have; ``rows_for``, how many of them have 90, 99 and 99.9 %;
-    ``zero_train`` and ``zero_test``, the share of lookups of id 0: in training those are missing, in the test
-    part missing or unseen. ``exponent`` is the slope of log count against log rank, least squares over powers of two.
+    ``zero_train`` and ``zero_test``, the share of lookups of id 0, which are missing, unseen in training, or left out
+    there as too rare. From ``missing``, the rows of each part without a value: ``missing``, their share in training,
+    and ``unseen_test``, the share of test rows whose value no id stands for; both None where nobody counted.
+    ``exponent`` is the slope of log count against log rank, least squares over powers of two.
     """
     zero = {split: _zeros(dataset, split) for split in ("train", "test")}
+
+    def missing_share(split: str, k: int) -> float | None:
+        start, stop = dataset.splits[split]
+        return missing[split][k] / (stop - start) if missing else None
+
     tables = []
     for k, (name, counts) in enumerate(zip(dataset.names, dataset.counts, strict=True)):
         total = max(1, int(counts.sum()))
         reached = np.cumsum(counts) / total
+        missing_test = missing_share("test", k)
         tables.append(
             {
                 "table": name,
@@ -40,6 +49,8 @@ def statistics(dataset: PreparedDataset) -> dict[str, Any]:
                 "exponent": _exponent(counts),
                 "zero_train": zero["train"][k],
                 "zero_test": zero["test"][k],
+                "missing": missing_share("train", k),
+                "unseen_test": None if missing_test is None else zero["test"][k] - missing_test,
             }
         )
     return {
@@ -77,25 +88,29 @@ def table_text(found: dict[str, Any]) -> str:
     head = (
         f"{'table':12s} {'rows':>12s} {'bag':>4s} {'once':>6s} {'top 100':>8s} {'top 10k':>8s} {'rows for 99 %':>14s} "
     )
-    head += f"{'0 in train':>10s} {'0 in test':>10s} {'slope':>6s}"
+    head += f"{'missing':>8s} {'unseen in test':>15s} {'slope':>6s}"
     lines = [head]
     for t in sorted(found["tables"], key=lambda t: -t["rows"]):
         slope = "" if t["exponent"] is None else f"{t['exponent']:.2f}"
         lines.append(
             f"{t['table'][:12]:12s} {t['rows']:12,} {t['bag_length']:4} {t['singletons']:6.1%} {t['top']['100']:8.1%} "
             f"{t['top']['10000']:8.1%} {t['rows_for']['0.99']:14,} "
-            f"{t['zero_train']:10.1%} {t['zero_test']:10.1%} {slope:>6s}"
+            f"{_share(t['missing']):>8s} {_share(t['unseen_test']):>15s} {slope:>6s}"
         )
     rates = ", ".join(f"{name} {rate:.4f}" for name, rate in found["click_rate"].items())
     lines.append(f"{found['rows']:,} rows, {found['total_table_rows']:,} rows of tables; click rate: {rates}")
     return "\n".join(lines)
 
 
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
 def write_statistics(folder: Path, dataset: PreparedDataset, out: Path) -> dict[str, Any]:
     """Writes ``stats.json`` and ``stats.png`` to a folder and returns the figures."""
-    found = statistics(dataset)
     meta = read_meta(folder)
-    for name in ("files", "layout", "options", "bad_rows", "missing"):
+    found = statistics(dataset, meta.get("missing"))
+    for name in ("files", "layout", "options", "bad_rows"):
         if name in meta:
             found[name] = meta[name]
     out.mkdir(parents=True, exist_ok=True)

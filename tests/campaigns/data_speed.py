@@ -1,9 +1,10 @@
-"""How fast raw logs are prepared, and how much memory that takes: logs of several sizes made from a real sample.
+"""How fast raw logs are prepared, in how much memory, and how fast batches come: logs made from a real sample.
 
-    python tests/campaigns/prepare_speed.py --sample criteo.tsv.gz --scratch FOLDER [--rows 1e6 5e6 2e7] [--out FILE]
+    python tests/campaigns/data_speed.py --sample criteo.tsv.gz --scratch FOLDER [--rows 1e6 5e6 2e7] [--out FILE]
 
 Each log repeats the sample; in every repetition a tenth of the categories' values get other last digits, so that tables
-grow with the log. Prints and writes rows a second and the peak memory of each preparation, a process of its own.
+grow with the log. Prints and writes rows a second and the peak memory of each preparation, a process of its own, and
+rows a second of the loader: shuffled training batches from the page cache, the median of passes over a part of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,32 @@ code = main(["prepare", sys.argv[1], sys.argv[2], "--format", "criteo"])
 seconds = time.perf_counter() - began
 print("SECONDS", seconds, "PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 sys.exit(code)
+"""
+
+LOADER = """
+import json, statistics, sys, time
+from pathlib import Path
+import numpy as np
+from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.prepared import open_prepared
+dataset = open_prepared(Path(sys.argv[1]))
+for array in (dataset.dense, dataset.ids, dataset.labels):
+    np.asarray(array).sum()  # into the page cache
+found = {}
+for batch in (512, 2048, 65536):
+    rates = []
+    for epoch in range(7):
+        batches = Loader(dataset, batch).batches("train", epoch)
+        next(batches)  # the order is drawn
+        began, rows = time.perf_counter(), 0
+        for packed in batches:
+            rows += len(packed.labels_B)
+            if rows >= 2_000_000:
+                break
+        rates.append(rows / (time.perf_counter() - began))
+        batches.close()
+    found[batch] = {"median": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
+print(json.dumps(found))
 """
 
 
@@ -69,6 +96,7 @@ def main() -> int:
         done = subprocess.run([sys.executable, "-c", CHILD, log, folder], capture_output=True, text=True, check=True)
         seconds, peak = (float(x) for x in done.stdout.split("SECONDS")[1].replace("PEAK", "").split())
         meta = json.loads((folder / "meta.json").read_text())
+        loader = subprocess.run([sys.executable, "-c", LOADER, folder], capture_output=True, text=True, check=True)
         results.append(
             {
                 "rows": rows,
@@ -77,6 +105,7 @@ def main() -> int:
                 "seconds": seconds,
                 "rows_per_second": rows / seconds,
                 "peak_memory_gb": peak / 1e9,
+                "loader_rows_per_second": json.loads(loader.stdout),
             }
         )
         print(json.dumps(results[-1]), flush=True)
