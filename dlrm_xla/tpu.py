@@ -176,6 +176,33 @@ def lower_bound(
     return LowerBound(moved, flops, moved / chip.hbm_bytes_per_second, flops / chip.bf16_flops)
 
 
+# Bundles that XLA's compiled lookup and update issue for each row of one line (launch/tpu_theory.py, libtpu 0.0.42),
+# and those that each further line adds to a lookup (v5e, v6e). A chip of two TensorCores shares a lookup between them.
+# A TPU7x looks up on its SparseCores, whose programs are not shown: the figure of v6e stands in.
+_LOOKUP_CYCLES = {"v4": 4.3, "v5e": 5.3, "v5p": 5.3, "v6e": 4.9, "tpu7x": 4.9}
+_LINE_CYCLES = 3.6
+_UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
+
+
+def lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
+    """XLA's gather of whole lines: the slower of issuing a copy for each row and of moving it in and out."""
+    cores = chip.tensor_cores if chip.devices_per_chip == 1 else 1
+    cycles = _LOOKUP_CYCLES[chip.name] + _LINE_CYCLES * (row_bytes(dim) // LINE_BYTES - 1)
+    return max(rows * cycles / cores / chip.clock_hz, 2 * rows * row_bytes(dim) / chip.hbm_bytes_per_second)
+
+
+def update_seconds(chip: Chip, rows: int, table: Sequence[int], *, is_sorted: bool) -> float:
+    """XLA's scatter into a table [lines, width] that does not fit on the chip.
+
+    Told that indices are sorted, it copies the whole table through the chip, window by window, whatever the number of
+    rows. Otherwise it reads and writes a tile of eight lines for each row, one after the other.
+    """
+    if is_sorted:
+        return 2 * storage_bytes(table) / chip.hbm_bytes_per_second
+    tiles = 2 * rows * SUBLANES * row_bytes(table[-1])
+    return max(rows * _UPDATE_CYCLES[chip.name] / chip.clock_hz, tiles / chip.hbm_bytes_per_second)
+
+
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 

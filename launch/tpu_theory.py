@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+"""Checks the statements of docs/tpu.md against libtpu's compiler and draws them. Needs the extra tpu-compiler.
+
+    launch/tpu_theory.py                    all parts, some ten minutes: docs/tpu.json and docs/tpu.png
+    launch/tpu_theory.py --parts storage    one part; the others stay as they are in the file
+
+Every figure is the compiler's or arithmetic: nothing here was measured on a TPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlrm_xla.presets import KAGGLE_ROWS, MLPERF_V2_ROWS, TERABYTE_ROWS
+from dlrm_xla.tpu import CHIPS, layout, storage_bytes
+
+DOCS = Path(__file__).parent.parent / "docs"
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int32": torch.int32}
+IDS = 26 * 2048  # of a step of the kaggle preset at batch 2048
+LINES = 4_220_323  # its tables, 8 rows of 16 to a line
+
+
+def preset_shapes() -> list[tuple[int, int]]:
+    """Every table of the presets and all of one preset stacked, at widths 16 and 128, packed to 128 lanes and not."""
+    rows = {*KAGGLE_ROWS, *TERABYTE_ROWS, *MLPERF_V2_ROWS}
+    rows |= {sum(KAGGLE_ROWS), sum(TERABYTE_ROWS), sum(MLPERF_V2_ROWS)}
+    return [shape for n in sorted(rows) for shape in ((n, 16), (-(-n // 8), 128), (n, 128))]
+
+
+def grid_shapes() -> list[tuple[int, ...]]:
+    """Edges of tiles in one to four dimensions."""
+    edges = (1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257, 1000)
+    shapes: list[tuple[int, ...]] = [(), *((n,) for n in (*edges, 255, 256, 511, 513, 1023, 1025, 4097, 100_003))]
+    shapes += [(a, b) for a in edges for b in edges]
+    few = (1, 2, 3, 5, 8, 9, 26, 128, 130)
+    shapes += [(a, b, c) for a in few for b in few for c in few]
+    return shapes + [(2, a, b, c) for a in (3, 9) for b in few for c in few]
+
+
+def storage() -> dict[str, Any]:
+    """The bytes of arguments, by the compiler and by the model."""
+    import jax.numpy as jnp
+    from tpu_programs import compile_for
+
+    checked: dict[str, Any] = {}
+    for chip in CHIPS.values():
+        wrong, count = [], 0
+        for name, dtype in TYPES.items():
+            shapes = grid_shapes()
+            for start in range(0, len(shapes), 150):
+                part = shapes[start : start + 150]
+                program = compile_for(chip, lambda *arrays: arrays[0], [(shape, jnp.dtype(name)) for shape in part])
+                count += len(part)
+                if program.argument_bytes != sum(storage_bytes(shape, dtype) for shape in part):
+                    wrong.append([name, start])
+                for shape, found in zip(part, program.layouts, strict=True):
+                    if len(shape) > 1 and not _same_layout(shape, dtype, found):
+                        wrong.append([name, shape, found])
+        tables = [(s, n) for s in preset_shapes() for n in ("float32", "bfloat16", "int8")]
+        too_large = 0
+        facts = []
+        for shape, name in tables:
+            expected = storage_bytes(shape, TYPES[name])
+            if expected > 0.9 * chip.hbm_bytes:
+                too_large += 1
+                continue
+            found_bytes = compile_for(chip, lambda a: a[0, 0], [(shape, jnp.dtype(name))]).argument_bytes
+            facts.append([list(shape), name, found_bytes])
+            if found_bytes != expected:
+                wrong.append([name, shape, found_bytes])
+        checked[chip.name] = {"grid": count, "tables": len(facts), "too_large": too_large, "wrong": wrong}
+        if chip.name == "v5e":
+            checked["facts"] = facts
+        print(chip.name, checked[chip.name], flush=True)
+    return checked
+
+
+def _same_layout(shape: tuple[int, ...], dtype: torch.dtype, found: str) -> bool:
+    """Whether the compiler's layout, such as {0,1:T(8,128)}, takes the bytes of ours; its tile may be taller."""
+    order = [int(d) for d in found[found.index("{") + 1 : found.index(":")].split(",")]
+    ours = layout(shape, dtype)
+    return (order[0], order[1]) == (ours.lanes, ours.sublanes) or shape[order[0]] == shape[ours.lanes]
+
+
+def programs() -> dict[str, Any]:
+    """What the compiled lookups and updates of one array do for each row."""
+    import jax.numpy as jnp
+    import tpu_programs
+    from tpu_programs import compile_for
+
+    tpu_programs.read_kernels()
+    ids = ((IDS,), jnp.int32)
+
+    def gather(table: Any, ids_N: Any) -> Any:
+        return jnp.take(table, ids_N, axis=0, mode="clip")
+
+    def update(is_sorted: bool) -> Callable[..., Any]:
+        return lambda table, ids_N, values: table.at[ids_N].add(
+            values, indices_are_sorted=is_sorted, unique_indices=True, mode="drop"
+        )
+
+    result: dict[str, Any] = {}
+    for chip in CHIPS.values():
+        cases: dict[str, Any] = {"lookup float32 128": (gather, ((LINES, 128), jnp.float32), False)}
+        if chip.name in ("v5e", "v6e"):
+            cases["lookup float32 256"] = (gather, ((LINES // 2, 256), jnp.float32), False)
+            cases["lookup bfloat16 128"] = (gather, ((LINES, 128), jnp.bfloat16), False)
+            cases["lookup float32 16"] = (gather, ((LINES, 16), jnp.float32), False)
+            cases["lookup float32 64"] = (gather, ((LINES, 64), jnp.float32), False)
+        cases["update float32 128"] = (update(False), ((LINES, 128), jnp.float32), True)
+        cases["update float32 128 sorted"] = (update(True), ((LINES, 128), jnp.float32), True)
+        for name, (function, table, writes) in cases.items():
+            values = [((IDS, table[0][1]), jnp.float32)] if writes else []
+            program = compile_for(chip, function, [table, ids, *values], [0] if writes else [])
+            kernels = [k for k in program.kernels if "gather" in k.name or "scatter" in k.name]
+            result[f"{chip.name} {name}"] = {
+                "counted_bytes": program.bytes_accessed,
+                "known_cycles": sum(program.cycles.values()),
+                "kernels": [vars(k) for k in kernels],
+            }
+            print(chip.name, name, [(k.issued, k.copied_bytes) for k in kernels], flush=True)
+    return result
+
+
+def one_hot() -> dict[str, Any]:
+    """Cycles of a one-hot product over the rows of a table."""
+    import jax.numpy as jnp
+    from tpu_programs import compile_for
+
+    def product(table_RD: Any, ids_N: Any) -> Any:
+        hot_NR = (ids_N[:, None] == jnp.arange(table_RD.shape[0], dtype=ids_N.dtype)).astype(table_RD.dtype)
+        return jnp.dot(hot_NR, table_RD, preferred_element_type=jnp.float32)
+
+    result: dict[str, Any] = {}
+    for chip in CHIPS.values():
+        for dim in (16, 48, 128, 384):
+            for rows in (128, 512, 2048, 8192, 32768):
+                program = compile_for(chip, product, [((rows, dim), jnp.float32), ((2048,), jnp.int32)])
+                result[f"{chip.name} {dim} {rows}"] = sum(program.cycles.values())
+        print(chip.name, {k: v for k, v in result.items() if k.startswith(chip.name)}, flush=True)
+    return result
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"storage": storage, "programs": programs, "one_hot": one_hot}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=DOCS / "tpu.json", help="the plot goes beside it, as .png")
+    options = parser.parse_args(arguments)
+    for part in options.parts:
+        if len(options.parts) > 1:  # libtpu reads its settings once in a process
+            subprocess.run([sys.executable, __file__, "--parts", part, "--out", options.out], check=True)
+            continue
+        found = PARTS[part]()
+        whole = json.loads(options.out.read_text()) if options.out.exists() else {}
+        whole[part] = found
+        options.out.write_text(json.dumps(whole, indent=None, separators=(",", ":")) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
