@@ -308,6 +308,16 @@ def test_text_in_any_encoding_is_a_value_of_its_own(tmp_path):
     assert (data.ids[2::3] == 0).all()
 
 
+def test_a_quoted_line_break_is_a_bad_row_wherever_it_is(tmp_path, capsys):
+    (tmp_path / "l.yaml").write_text("columns: [y, x, c]\nlabel: y\ndense: [x]\ncategories: [c]\n")
+    rows = [f'{k % 2},1,"v{k % 3}, {k % 2}"' for k in range(40)]
+    (tmp_path / "l.csv").write_text("\n".join([*rows[:20], '1,1,"two', 'lines"', *rows[20:]]))
+    assert main(["prepare", str(tmp_path / "l.csv"), str(tmp_path / "p"), "--format", str(tmp_path / "l.yaml")]) == 2
+    assert "l.csv, line 21: a quote is not closed" in capsys.readouterr().err
+    arguments = ["--format", tmp_path / "l.yaml", "--max-bad-rows", 2]
+    assert len(prepared_by(tmp_path / "p", tmp_path / "l.csv", *arguments).labels) == 40
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [

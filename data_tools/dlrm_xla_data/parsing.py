@@ -121,7 +121,7 @@ def _read(data: bytes, layout: Layout) -> Any:
     if not data.strip(b"\n"):
         return pa.table({n: pa.array([], types[n]) for n in needed})
     try:
-        return csv.read_csv(
+        table = csv.read_csv(
             pa.BufferReader(data),
             read_options=csv.ReadOptions(
                 block_size=len(data) + 1, column_names=list(layout.columns), use_threads=False
@@ -135,6 +135,10 @@ def _read(data: bytes, layout: Layout) -> Any:
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise Misfit(str(error)) from error
+    if layout.quoted and b'"' in data and len(table) != sum(1 for line in data.split(b"\n") if line):
+        # Blocks end at line ends, so such a field would be read in one block and be cut in the next.
+        raise Misfit("a quoted field goes over several lines")
+    return table
 
 
 def _columns(table: Any, layout: Layout) -> Parsed:
@@ -300,6 +304,8 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
     assert layout.columns is not None
     fields = line.split(layout.delimiter.encode())
     if layout.quoted and b'"' in line:
+        if line.count(b'"') % 2:
+            return "a quote is not closed on its line: a row is one line"
         text = line.decode("latin-1")
         fields = [f.encode("latin-1") for f in next(python_csv.reader([text], delimiter=layout.delimiter))]
     hint = layout.check(fields)
