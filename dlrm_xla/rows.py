@@ -206,7 +206,7 @@ class RowStack(nn.Module):
             array = first.detach()  # as it is, for it may be a file
         else:
             assert not self.file_backed, "a file is a stack of its own"
-            array = torch.zeros(lines, width, dtype=first.dtype)
+            array = torch.zeros(lines, width, dtype=first.dtype, device=first.device)
         for member, base in zip(tables, self.bases, strict=True):
             assert member.weight is not None, f"{member.table.name} is in a stack already"
             if array.data_ptr() != member.weight.data_ptr():

@@ -65,7 +65,7 @@ class RecordedStep:
         self._rate_inputs: tuple[float, dict[int, Tensor]] = (0.0, {})
 
     def __call__(self, *args: Any, rate: float | None = None) -> Any:
-        tensors = list(_tensors(args))
+        tensors = list(tensors_in(args))
         shapes = [(t.shape, t.dtype) for t in tensors]
         if self._shapes is None:
             self._record(args, tensors, rate)
@@ -103,7 +103,7 @@ class RecordedStep:
         probe = self.trace(args, tensors, rates[0])
         for tensor in probe.written:
             _XLAC._set_buffer_donation(tensor, True)
-        trace = self.trace(args, tensors, rates[1], compile=True, order=probe.written)
+        trace = self.trace(args, tensors, rates[1], _compile, probe.written)
         self._scaled = self._proportional(probe, trace)
         self._rate_inputs = (0.0, {})
         self._inputs = [
@@ -119,12 +119,13 @@ class RecordedStep:
         args: Sequence[Any],
         tensors: list[Tensor],
         rate: dict[str, float],
-        compile: bool = False,
+        use: Callable[[list[Tensor]], None] = lambda results: None,
         order: Sequence[Tensor] = (),
     ) -> Trace:
         """Traces the step and takes back what it wrote, so that nothing has happened.
 
-        ``order``: tensors that come first among those written, for XLA pairs results with buffers by their order.
+        ``use`` is given the results while they are still to be computed. ``order``: tensors that come first among those
+        written, for XLA pairs results with buffers by their order.
         """
         torch_xla.sync()
         xm.wait_device_ops()
@@ -137,7 +138,7 @@ class RecordedStep:
             _XLAC._set_allow_execution(False)
             output = self._step(*args, **rate)
             _XLAC._set_allow_execution(True)
-            outputs = list(_tensors([output]))
+            outputs = list(tensors_in([output]))
             changed = _pending(live)
             written = [t for t in order if any(t is c for c in changed)]
             written += [t for t in changed if not any(t is w for w in written)]
@@ -148,8 +149,7 @@ class RecordedStep:
             numbers, values = _XLAC._get_tensors_xla_device_data_node(results)
             with alias_with_buffer_donor_config():
                 graph = _XLAC._get_graph_hash(results)
-                if compile:
-                    _XLAC._xla_warm_up_cache(results, [])
+                use(results)
         except RuntimeError as error:
             raise UserError(
                 f"the {self._name} step is not one XLA graph: {_first_line(error)}. Some module reads a device value "
@@ -209,6 +209,10 @@ class RecordedStep:
         return self._rate_inputs[1]
 
 
+def _compile(results: list[Tensor]) -> None:
+    _XLAC._xla_warm_up_cache(results, [])
+
+
 def _live_tensors() -> list[Tensor]:
     # Whatever a step wrote, some Python object has it; to ask each module and optimizer would be to forget one.
     live = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "xla"]
@@ -225,12 +229,13 @@ def _pending(tensors: list[Tensor]) -> list[Tensor]:
     return [t for t, need in zip(tensors, needs, strict=True) if need]
 
 
-def _tensors(args: Any) -> Iterator[Tensor]:
+def tensors_in(args: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples and lists, in order."""
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg
         elif isinstance(arg, tuple | list):
-            yield from _tensors(arg)
+            yield from tensors_in(arg)
 
 
 def _described(shapes: list[tuple[torch.Size, torch.dtype]]) -> str:

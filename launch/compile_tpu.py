@@ -1,0 +1,192 @@
+"""Compiles the steps that launch/run.py would run for a TPU that is not there, and says what they cost on it.
+
+python launch/compile_tpu.py --chip v5e --plugin tensorly_tt --preset kaggle
+python launch/compile_tpu.py --chip v5e v6e --plugin exact hash_rows --preset kaggle --batch-size 2048 --compare
+
+XLA's TPU compiler comes with libtpu (extra tpu-compiler) and needs no TPU. Tables are shapes here: no data, no memory.
+Figures are the compiler's estimates where it makes one, else those of a model (docs/tpu.md); it is said which. The exit
+code is 3 where a step does not fit the chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tpu_compare
+from run import INTERRUPTED, add_settings
+from tpu_steps import Traced, compile_step, step_report, trace_steps
+
+from dlrm_xla import registry
+from dlrm_xla.config import Config, resolve
+from dlrm_xla.errors import UserError
+from dlrm_xla.tpu import CHIPS, Chip, find_chip
+from dlrm_xla.tpu_compile import compiler_version
+
+DOES_NOT_FIT = 3
+SETTINGS = {"preset", "min_rows", "ratio", "precision", "dense_optimizer", "row_optimizer"}
+SEVERAL = {"plugin": str, "batch_size": int, "dim": int}
+
+
+def flags() -> argparse.ArgumentParser:
+    """The model's flags of launch/run.py, chips, and where results go."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--chip", nargs="+", default=["v5e"], metavar="CHIP", help=f"{', '.join(CHIPS)} (default v5e)")
+    parser.add_argument("--plugin", nargs="+", metavar="PLUGIN", help="as in launch/run.py; several with --compare")
+    parser.add_argument(
+        "--batch-size", nargs="+", type=int, metavar="N", help="samples per step; several with --compare"
+    )
+    parser.add_argument("--dim", nargs="+", type=int, metavar="N", help="width of a row; several with --compare")
+    add_settings(parser, SETTINGS)
+    parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write; with --compare a folder")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        default=False,
+        help="every plugin, batch size, dim and chip: a table, plots with --out",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), metavar="FOLDER", help="where compiled steps are kept"
+    )
+    return parser
+
+
+def default_cache() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlrm_xla" / "tpu"
+
+
+def report_of(config: Config, chip: Chip, cache: Path, traced: list[Traced], about: dict[str, Any]) -> dict[str, Any]:
+    """Compiles both steps for a chip; the train step's figures are the report's own."""
+    steps = {}
+    began = time.monotonic()
+    for step in traced:
+        what = f"{config.plugin}, {step.name} step for {chip.name}"
+        print(what, file=sys.stderr)
+        compiled = compile_step(step, chip, cache, lambda line, what=what: print(f"{what}: {line}", file=sys.stderr))
+        steps[step.name] = step_report(step, compiled, chip)
+    return {
+        "chip": chip.name,
+        "plugin": config.plugin,
+        "preset": config.preset,
+        "batch_size": config.batch_size,
+        "dim": config.dim,
+        "row_optimizer": config.row_optimizer,
+        "dense_optimizer": config.dense_optimizer,
+        "ratio_asked": config.ratio or None,
+        "compiler": compiler_version(),
+        "seconds": round(time.monotonic() - began, 1),
+        **about,
+        **steps["train"],
+        "forward": steps["forward"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the flags and returns the exit code: 0, 2 for the user's mistakes, 3 where it does not fit, 130."""
+    given = vars(flags().parse_args(arguments))
+    file, out, compare, cache = (given.pop(name) for name in ("config", "out", "compare", "cache"))
+    try:
+        compiler_version()
+        chips = [find_chip(name) for name in given.pop("chip")]
+        several = {name: given.pop(name, [None]) for name in SEVERAL}
+        cases = list(itertools.product(*several.values()))
+        if len(cases) * len(chips) > 1 and not compare:
+            raise UserError(f"{len(cases) * len(chips)} steps were asked for; --compare makes a table of several")
+        tpu_compare.check_out(out, compare)
+        reports = []
+        for case in cases:
+            values = {name: value for name, value in zip(several, case, strict=True) if value is not None}
+            config, _ = resolve({**given, **values, "device": "xla"}, file)
+            registry.parse(config.plugin)
+            traced, about = trace_steps(config)
+            for chip in chips:
+                reports.append(report_of(config, chip, cache, traced, about))
+                if not compare:
+                    print(text(reports[-1]))
+        if compare:
+            tpu_compare.write(reports, out)
+        elif out:
+            out.write_text(json.dumps(reports[0], indent=1) + "\n")
+        return 0 if all(r["fits"] for r in reports) else DOES_NOT_FIT
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; steps that were compiled are kept and cost nothing the next time", file=sys.stderr)
+        return INTERRUPTED
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"\n{report['plugin']}, preset {report['preset']}, batch {report['batch_size']:,}, dim {report['dim']}, "
+        f"rows by {report['row_optimizer']}, on one {report['chip']}; {report['compiler']}; nothing was run"
+    ]
+    for name, step in (("train", report), ("forward", report["forward"])):
+        lines += [f"\n{name} step", *_memory(step), *_time(step)]
+    return "\n".join(lines)
+
+
+def _memory(step: dict[str, Any]) -> list[str]:
+    def gb(key: str) -> str:
+        return "unknown" if step.get(key) is None else f"{step[key] / 1e9:10.3f} GB"
+
+    rows = [
+        ("parameters", "parameter_bytes"),
+        ("optimizer state", "optimizer_bytes"),
+        ("arguments", "argument_bytes"),
+        ("of them padding", "padding_bytes"),
+        ("temporaries", "temporary_bytes"),
+    ]
+    return [f"  {label:<22}{gb(key)}" for label, key in rows] + [f"  {step['verdict']}"]
+
+
+def _time(step: dict[str, Any]) -> list[str]:
+    if step["estimated_ms"] is None:
+        return [f"  lower bound           {step['lower_bound_ms']:10.3f} ms"]
+    small = f", and {step['uncovered_small']} small ones" if step["uncovered_small"] else ""
+    lines = [
+        f"  estimated time        {step['estimated_ms']:10.3f} ms = {step['known_ms']:.3f} by the compiler's "
+        f"{step['known_cycles']:,} cycles + {step['modelled_ms']:.3f} modelled",
+        f"  lower bound           {step['lower_bound_ms']:10.3f} ms, {step['ratio_to_lower_bound']:.1f} times less",
+        f"  bytes accessed        {step['bytes_accessed'] / 1e9:10.3f} GB, {step['flops'] / 1e9:,.2f} GFLOP by the "
+        "compiler's analysis",
+        "  dearest operations            ms",
+        *(f"    {_line(o)}" for o in step["dearest"]),
+        f"  without the compiler's count: {len(step['uncovered_operations'])} operations{small}",
+        *(f"    {_line(o)}" for o in step["uncovered_operations"][:10]),
+        "  by part:  " + ", ".join(f"{name} {ms:.3f}" for name, ms in list(step["parts_ms"].items())[:8]),
+    ]
+    for copy in step["whole_table_copies"]:
+        lines.append(f"  *** COPIES THE WHOLE TABLE {copy['table']}, {copy['times']} times: {copy['operation']}")
+    if not step["whole_table_copies"]:
+        lines.append("  no operation copies a whole table")
+    return lines
+
+
+def _line(operation: dict[str, Any]) -> str:
+    times = f" x {operation['times']:,}" if operation["times"] > 1 else ""
+    where = ", ".join(filter(None, (operation["module"], operation["table"])))
+    what = f"{operation['by']:<9}{operation['what']:<22}{operation['operation'][:60]}{times}"
+    return f"{operation['ms']:27.4f} {what}  {where}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""What `launch/compile_tpu.py` compiles: the steps of `launch/run.py`, traced on shapes, and their report."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from run import make_plan
+from torch import Tensor, nn
+
+from dlrm_xla import hlo, step_cost
+from dlrm_xla.batches import PackedBatch
+from dlrm_xla.config import Config
+from dlrm_xla.devices import open_device
+from dlrm_xla.model import DLRM
+from dlrm_xla.row_optim import RULES
+from dlrm_xla.rows import RowStack
+from dlrm_xla.step_cost import Cost, Table
+from dlrm_xla.tpu import Chip, Touched, lower_bound, storage_bytes
+from dlrm_xla.tpu_compile import Compiled, compile_for
+from dlrm_xla.train import Steps
+
+# Criteo's and the synthetic rows'; a plan without data has no other figure.
+NUM_DENSE = 13
+DEAREST = 10
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One step of a model: its program, the rows that it touches, its large arrays and what each argument is."""
+
+    name: str
+    artifact: bytes
+    text: str
+    arguments: list[Any]
+    donated: list[int]
+    touched: list[Touched]
+    tables: list[Table]
+
+    def bytes_of(self, *kinds: str) -> int:
+        """Bytes that arguments of these kinds take on the chip."""
+        return sum(storage_bytes(a.shape, a.dtype) for a in self.arguments if kind_of(a.name) in kinds)
+
+
+def kind_of(name: str) -> str:
+    """parameters, optimizer, batch or other: what an argument of this name is."""
+    if name == "batch":
+        return "batch"
+    if (name.startswith("rows") and " optimizer" in name) or name.startswith("dense optimizer"):
+        return "optimizer"
+    return "other" if name in ("constant", "other state") else "parameters"
+
+
+def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
+    """The train and the forward step of a configuration, on shapes alone, and what replaced its tables."""
+    from dlrm_xla import xla_trace
+
+    device = xla_trace.on_shapes(open_device("xla"))
+    plan = make_plan(config, device, device.rows, None)
+    with torch.device("meta"):
+        model = DLRM(
+            NUM_DENSE,
+            plan.tables,
+            plan.make_bags,
+            bottom=config.bottom,
+            top=config.top,
+            interaction=config.interaction,
+            cross_layers=config.cross_layers,
+            cross_rank=config.cross_rank,
+        )
+    lengths = config.synthetic_bags or [1] * len(plan.tables)
+    steps = Steps(model, lengths, device, config)
+    looked_up = [_counted(stack) for stack in steps.rows.stacks]
+    modules: dict[str, nn.Module] = {name or "model": module for name, module in steps.model.named_modules()}
+    tables = {}
+    for number, (stack, optimizer) in enumerate(zip(steps.rows.stacks, steps.rows.optimizers, strict=True)):
+        name = f"rows{number} of {_tables_of(stack)}"
+        modules[name], modules[f"{name} optimizer"] = stack, optimizer
+        tables[f"{name}.rows"] = stack
+    state = {
+        f"dense optimizer.{key}": value
+        for values in steps.dense.state.values()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    size, slots = config.batch_size, sum(lengths)
+
+    def batch() -> PackedBatch:
+        shapes = (((size, NUM_DENSE), torch.float32), ((size, slots), torch.int32), ((size,), torch.float32))
+        parts = (xla_trace.placeholder(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes)
+        return PackedBatch(*parts)
+
+    traced = []
+    for name, step, rate in (("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)):
+        for counts in looked_up:
+            counts.clear()
+        found = xla_trace.trace(step, name, [batch()], modules, state, rate)
+        touched = [
+            _touched(stack, sum(counts), config) for stack, counts in zip(steps.rows.stacks, looked_up, strict=True)
+        ]
+        large = [
+            Table(a.name, a.shape, a.name in tables and tables[a.name].placement == "sparse")
+            for a in found.arguments
+            if kind_of(a.name) == "parameters" and math.prod(a.shape) >= 2**18
+        ]
+        traced.append(Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large))
+    replaced = {p.name: p.plugin for p in plan.bags}
+    return traced, {"plugins_of_tables": replaced, "embedding_bytes": sum(p.bytes for p in plan.bags)}
+
+
+def _tables_of(stack: RowStack) -> str:
+    names = list(dict.fromkeys(table.name.partition(".")[0] for table in stack.tables))
+    return "+".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}, {len(names)} tables"
+
+
+def _counted(stack: RowStack) -> list[int]:
+    """A list that each lookup of a stack adds its number of ids to."""
+    counts: list[int] = []
+    look_up = stack.look_up
+
+    def counting(ids_BS: Tensor, *rest: Any) -> Tensor:
+        counts.append(ids_BS.numel())
+        return look_up(ids_BS, *rest)
+
+    stack.look_up = counting  # type: ignore[method-assign]
+    return counts
+
+
+def _touched(stack: RowStack, ids: int, config: Config) -> Touched:
+    kinds = RULES[config.row_optimizer].states
+    rows = ids if stack.placement == "sparse" else min(ids, stack.num_rows)
+    return Touched(rows, stack.dim, kinds.count("element"), kinds.count("row"))
+
+
+def compile_step(traced: Traced, chip: Chip, cache: Path | None, say: Callable[[str], None]) -> Compiled:
+    """Compiles a step for one device of a chip."""
+    return compile_for(
+        chip.topology,
+        traced.artifact,
+        traced.donated,
+        chip_config=chip.chip_config,
+        cache=cache,
+        identity=traced.text,
+        say=say,
+    )
+
+
+def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any]:
+    """The figures of one step on one chip; those of a step that was refused for its size are None."""
+    memory = {
+        "parameter_bytes": traced.bytes_of("parameters"),
+        "optimizer_bytes": traced.bytes_of("optimizer"),
+        "batch_bytes": traced.bytes_of("batch"),
+        "unpadded_bytes": sum(math.prod(a.shape) * a.dtype.itemsize for a in traced.arguments),
+        "modelled_argument_bytes": traced.bytes_of("parameters", "optimizer", "batch", "other"),
+        "hbm_bytes": chip.hbm_bytes,
+    }
+    memory["padding_bytes"] = memory["modelled_argument_bytes"] - memory["unpadded_bytes"]
+    others = memory["modelled_argument_bytes"] - sum(
+        storage_bytes(a.shape, a.dtype)
+        for a in traced.arguments
+        if any(t.name == a.name and t.sparse for t in traced.tables)
+    )
+    if compiled.error:
+        bound = lower_bound(chip, traced.touched, other_bytes=others, training=traced.name == "train")
+        missing = (
+            "known_cycles",
+            "bytes_accessed",
+            "flops",
+            "temporary_bytes",
+            "known_ms",
+            "modelled_ms",
+            "estimated_ms",
+        )
+        return (
+            memory
+            | dict.fromkeys(missing)
+            | {
+                "fits": False,
+                "argument_bytes": memory["modelled_argument_bytes"],
+                "lower_bound_ms": bound.seconds * 1e3,
+                "verdict": _refusal(compiled.error),
+                "uncovered_operations": [],
+                "whole_table_copies": [],
+                "dearest": [],
+                "parts_ms": {},
+            }
+        )
+    module = hlo.read(compiled.hlo)
+    costs = step_cost.costs(module, chip)
+    known = sum(c.seconds for c in costs if not c.modelled)
+    modelled = sum(c.seconds for c in costs if c.modelled)
+    flops = compiled.cost.get("flops", 0.0)
+    bound = lower_bound(chip, traced.touched, other_bytes=others, flops=flops, training=traced.name == "train")
+    used = compiled.memory
+    total = used["argument"] + used["output"] - used["alias"] + used["temp"] + used["generated_code"]
+    uncovered = sorted((c for c in costs if c.modelled), key=lambda c: -c.seconds)
+    dearest = sorted(costs, key=lambda c: -c.seconds)[:DEAREST]
+    copies = step_cost.whole_table_copies(module, traced.tables)
+    return memory | {
+        "argument_bytes": used["argument"],
+        "temporary_bytes": used["temp"],
+        "output_bytes": used["output"] - used["alias"],
+        "code_bytes": used["generated_code"],
+        "total_bytes": total,
+        "fits": total <= chip.hbm_bytes,
+        "verdict": f"fits: {total / 1e9:,.2f} of {chip.hbm_bytes / 1e9:,.2f} GB",
+        "known_cycles": hlo.sum_cycles(module.schedule),
+        "known_ms": known * 1e3,
+        "modelled_ms": modelled * 1e3,
+        "estimated_ms": (known + modelled) * 1e3,
+        "lower_bound_ms": bound.seconds * 1e3,
+        "lower_bound_bytes": bound.bytes,
+        "ratio_to_lower_bound": (known + modelled) / bound.seconds,
+        "flops": flops,
+        "bytes_accessed": compiled.cost.get("bytes accessed"),
+        "uncovered_operations": [described(c, traced) for c in uncovered if not step_cost.is_small(c.operation)],
+        "uncovered_small": sum(step_cost.is_small(c.operation) for c in uncovered),
+        "whole_table_copies": [
+            {"table": table.name, "operation": e.operation.line[:160], "times": e.times} for e, table in copies
+        ],
+        "dearest": [described(c, traced) for c in dearest],
+        "parts_ms": parts(costs),
+        "loops": sorted({e.times for e in module.schedule} - {1}),
+    }
+
+
+def described(cost: Cost, traced: Traced) -> dict[str, Any]:
+    """An operation for people: what it is, where in the model, on which table, and its time."""
+    operation = cost.operation
+    shapes = {a.dims for a in operation.results} | {
+        tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"\[(\d[\d,]*)\]", operation.line)
+    }
+    tables = [
+        a.name for a in traced.arguments if kind_of(a.name) == "parameters" and len(a.shape) > 1 and a.shape in shapes
+    ]
+    results = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in operation.results[:2])
+    return {
+        "operation": f"{operation.kind} {operation.name} {results}",
+        "what": cost.op_name.rpartition("/")[2].replace("aten__", ""),
+        "module": cost.part,
+        "table": tables[0] if len(tables) == 1 else "",
+        "times": cost.times,
+        "ms": cost.seconds * 1e3,
+        "by": "model" if cost.modelled else "compiler",
+    }
+
+
+def parts(costs: Sequence[Cost]) -> dict[str, float]:
+    """Milliseconds by part of the model: its top-level modules, forward and backward, and each stack's update."""
+    found: dict[str, float] = {}
+    for cost in costs:
+        scope = cost.part
+        head = scope.split(".")[0] if scope.startswith(("bottom", "top", "bags", "interaction")) else scope
+        name = (head + (" backward" if scope.endswith("backward") and "backward" not in head else "")) or "other"
+        found[name] = found.get(name, 0.0) + cost.seconds * 1e3
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _refusal(error: str) -> str:
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error)
+    return (
+        f"DOES NOT FIT: it needs {found[1]} of {found[2]} HBM"
+        if found
+        else f"DOES NOT FIT: {error.splitlines()[0][:200]}"
+    )

@@ -1,0 +1,226 @@
+"""The TPU compiler lab: what is traced is the step that runs, and what the compiler says is read right."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from conftest import launch_script, needs_xla
+
+from dlrm_xla import hlo, step_cost, tpu_compile
+from dlrm_xla.config import resolve
+from dlrm_xla.errors import UserError
+from dlrm_xla.tpu import CHIPS
+
+needs_compiler = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("jax", "libtpu"))),
+    reason="no TPU compiler: pip install -e '.[tpu-compiler]'",
+)
+# Cut from what libtpu 0.0.42 made of a train step for v5e: an update in place, a loop, a gather, a copy of the table.
+MODULE = """HloModule step, is_scheduled=true, input_output_alias={ {0}: (1, {}, may-alias) }, entry={()}
+
+%fused_gather (p.0: f32[4000,128], p.1: s32[512]) -> f32[512,128] {
+  %p.0 = f32[4000,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = s32[512]{0:T(512)S(1)} parameter(1)
+  ROOT %gather.0 = f32[512,128]{1,0:T(8,128)S(1)} gather(%p.0, %p.1), offset_dims={1}, slice_sizes={1,128}
+}
+
+%cond (c: (s32[], f32[4000,128])) -> pred[] {
+  %c = (s32[]{:T(128)}, f32[4000,128]{1,0:T(8,128)}) parameter(0)
+  %bound = s32[]{:T(128)} constant(512)
+  %count = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %bound), direction=LT
+}
+
+%body (b: (s32[], f32[4000,128])) -> (s32[], f32[4000,128]) {
+  %b = (s32[]{:T(128)}, f32[4000,128]{1,0:T(8,128)}) parameter(0)
+  %rows = f32[4000,128]{1,0:T(8,128)} get-tuple-element(%b), index=1
+  %one = f32[1,16]{1,0:T(1,128)S(1)} fusion(%rows), kind=kLoop, calls=%o, backend_config={"estimated_cycles":"10"}
+  %update = f32[4000,128]{1,0:T(8,128)} dynamic-update-slice(%rows, %one)
+  ROOT %again = (s32[]{:T(128)}, /*index=1*/f32[4000,128]{1,0:T(8,128)}) tuple(%count, %update)
+}
+
+ENTRY %main (ids: s32[512], rows: f32[4000,128]) -> (f32[4000,128], f32[512,128]) {
+  %ids.1 = s32[512]{0:T(512)} parameter(0), metadata={op_name="xla__device_data"}
+  %rows.1 = f32[4000,128]{1,0:T(8,128)} parameter(1)
+  %gather_fusion = f32[512,128]{1,0:T(8,128)S(1)} fusion(%rows.1, %ids.1), kind=kCustom, calls=%fused_gather, \
+metadata={op_name="bags.20/aten__index_select"}, backend_config={"flag_configs":[]}
+  %moved = f32[512,128]{1,0:T(8,128)S(1)} fusion(%gather_fusion), kind=kLoop, calls=%f, \
+metadata={op_name="top.0 backward.7/aten__mm"}, backend_config={"window_config":{"estimated_cycles":"2000"}}
+  %sparse_core = f32[512,128]{1,0:T(8,128)S(1)} sort(%moved), backend_config={"estimated_cycles":"18446744073709551615"}
+  %relaid = f32[4000,128]{0,1:T(8,128)} copy(%rows.1), backend_config={"estimated_cycles":"7000"}
+  %start = (s32[]{:T(128)}, f32[4000,128]{1,0:T(8,128)}) tuple(%zero, %relaid)
+  %loop = (s32[]{:T(128)}, f32[4000,128]{1,0:T(8,128)}) while(%start), condition=%cond, body=%body, \
+metadata={op_name="rows0 optimizer.3/scatter"}
+  %new = f32[4000,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+  ROOT %result = (f32[4000,128]{1,0:T(8,128)}, f32[512,128]{1,0:T(8,128)S(1)}) tuple(%new, %sparse_core)
+}
+"""
+
+
+@pytest.fixture
+def module():
+    return hlo.read(MODULE)
+
+
+def test_the_schedule_follows_loops_and_counts_their_turns(module):
+    times = {e.operation.name: e.times for e in module.schedule}
+    assert times == {
+        "gather_fusion": 1,
+        "moved": 1,
+        "sparse_core": 1,
+        "relaid": 1,
+        "one": 512,
+        "update": 512,
+        "less": 512,
+    }
+    assert hlo.sum_cycles(module.schedule) == 2000 + 7000 + 512 * 10
+    assert module.aliased == {1}
+    assert module.arguments()[1].dims == (4000, 128)
+
+
+def test_what_the_compiler_does_not_count_is_modelled_and_said(module):
+    chip = CHIPS["v5e"]
+    costs = {c.operation.name: c for c in step_cost.costs(module, chip)}
+    assert {name for name, c in costs.items() if c.modelled} == {"gather_fusion", "sparse_core", "update", "less"}
+    issue = 512 * step_cost.GATHER_CYCLES_PER_LINE / chip.clock_hz
+    assert costs["gather_fusion"].seconds == pytest.approx(max(issue, 512 * 512 / chip.hbm_bytes_per_second))
+    assert costs["moved"].seconds == pytest.approx(2000 / chip.clock_hz)
+
+
+def test_operations_are_named_after_their_module(module):
+    parts = {c.operation.name: c.part for c in step_cost.costs(module, CHIPS["v5e"])}
+    assert parts["gather_fusion"] == "bags"
+    assert parts["moved"] == "top.0 backward"
+    assert parts["one"] == "rows0 optimizer"  # that of the loop around it
+
+
+def test_copies_of_whole_tables_are_found(module):
+    tables = [step_cost.Table("rows", (4000, 128), sparse=True)]
+    assert [e.operation.name for e, _ in step_cost.whole_table_copies(module, tables)] == ["relaid"]
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.read("nothing")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--chip", "v9"], "known are: tpu7x, v4, v5e, v5p, v6e"),
+        (["--chip", "v5e", "v6e"], "--compare makes a table of several"),
+        (["--plugin", "tensorly_t"], "tensorly_tt"),
+        (["--preset", "kagle"], "kaggle"),
+        (["--out", "nowhere/else/x.json"], "a folder that exists"),
+        (["--dim", "0"], "dim is 0"),
+    ],
+)
+def test_bad_input_ends_with_one_line(arguments, expected, capsys):
+    assert launch_script("compile_tpu").main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert expected in error
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch, capsys):
+    script = launch_script("compile_tpu")
+    monkeypatch.setattr(tpu_compile.importlib.util, "find_spec", lambda name: None)
+    assert script.main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: the TPU compiler needs jax and libtpu: pip install -e '.[xla,tpu-compiler]'\n"
+    )
+
+
+def small(**settings):
+    config, _ = resolve({"preset": "kaggle", "batch_size": 64, "device": "xla", **settings}, None)
+    return config
+
+
+@needs_xla
+@pytest.mark.parametrize("plugin", ["exact", "tensorly_tt"])
+def test_traced_on_shapes_is_what_a_step_runs(plugin):
+    """The same module, text for text, as from a model with rows and weights."""
+    from dataclasses import replace
+
+    from dlrm_xla import xla_trace
+    from dlrm_xla.batches import PackedBatch
+    from dlrm_xla.devices import open_device
+    from dlrm_xla.model import DLRM
+    from dlrm_xla.train import Steps
+    from dlrm_xla.xla_steps import RecordedStep
+
+    tpu_steps = sys.modules[launch_script("compile_tpu").trace_steps.__module__]
+    config = replace(small(plugin=plugin), synthetic_tables=[3000, 40, 2000], bottom=[8], top=[8])
+    (train, _), _ = tpu_steps.trace_steps(config)
+
+    device = open_device("xla")
+    device = replace(device, rows=device.planned)
+    plan = tpu_steps.make_plan(config, device, device.rows, None)
+    model = DLRM(13, plan.tables, plan.make_bags, bottom=config.bottom, top=config.top)
+    steps = Steps(model, [1] * 3, device, config)
+    batch = PackedBatch(torch.zeros(64, 13), torch.zeros(64, 3, dtype=torch.int32), torch.zeros(64))
+    batch = batch.to(device.torch_device)
+    texts = []
+
+    def write(results):
+        texts.append(xla_trace.plain_text(results))
+
+    RecordedStep(steps._train_step, "train").trace([batch], list(batch[:3]), {"rate": 1.0}, write)
+
+    assert "index_select" not in train.text
+    assert "stablehlo.scatter" in train.text
+    assert train.text == texts[0]
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_a_small_model_compiles_for_a_chip(chip, tmp_path, monkeypatch, capsys):
+    settings = tmp_path / "c.yaml"
+    settings.write_text("synthetic_tables: [300000, 40, 20000]\nbottom: [16]\ntop: [16]\n")
+    command = ["--chip", chip, "--preset", "kaggle", "--batch-size", "256", "--plugin", "hash_rows:rows=100000"]
+    command += ["--config", str(settings), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "r.json")]
+    script = launch_script("compile_tpu")
+    assert script.main(command) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    wanted = "chip plugin preset batch_size known_cycles uncovered_operations bytes_accessed argument_bytes compiler"
+    wanted += " temporary_bytes estimated_ms lower_bound_ms whole_table_copies fits"
+    assert set(wanted.split()) <= set(report)
+    for step in (report, report["forward"]):
+        assert step["whole_table_copies"] == []
+        assert step["argument_bytes"] == step["modelled_argument_bytes"]  # the storage model, to the byte
+        assert step["estimated_ms"] == pytest.approx(step["known_ms"] + step["modelled_ms"])
+        assert step["estimated_ms"] > step["lower_bound_ms"] > 0
+    assert report["output_bytes"] < 100_000  # rows and weights are results in the buffers of their arguments
+    assert report["temporary_bytes"] < 300_000 * 64
+    assert "bags" in report["parts_ms"]
+    # The second time nothing is compiled.
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    assert script.main(command) == 0
+    capsys.readouterr()
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.slow
+def test_what_cannot_fit_says_so_and_exits_3(tmp_path, capsys):
+    command = ["--chip", "v5e", "--preset", "terabyte", "--batch-size", "128", "--out", str(tmp_path / "r.json")]
+    assert launch_script("compile_tpu").main([*command, "--cache", str(tmp_path)]) == 3
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert not report["fits"]
+    assert report["argument_bytes"] > 96e9
+    assert report["known_cycles"] is None
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_a_compiler_that_dies_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="ended without a result for v5e:2x2"):
+        tpu_compile.compile_for("v5e:2x2", b"", [], cache=tmp_path)
+    assert not list(tmp_path.iterdir())
