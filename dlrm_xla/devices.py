@@ -164,7 +164,7 @@ def _cpu() -> Device:
     description = f"CPU, {torch.get_num_threads()} threads"
     device = torch.device("cpu")
     rows = RowAccess("a CPU", _gather, _scatter, _sum_rows, files=True)
-    memory = _machine_memory()
+    memory = machine_memory()
     return Device(
         "cpu",
         device,
@@ -181,8 +181,8 @@ def _cpu() -> Device:
     )
 
 
-def _machine_memory() -> float:
-    # A tenth for everything else.
+def machine_memory() -> float:
+    """Bytes of this machine's memory but for a tenth, which is for everything else."""
     return 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -262,7 +262,7 @@ def _xla() -> Device:
     rows, memory = tpu, 0.0
     if kind == "CPU":
         rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False)
-        memory = _machine_memory()
+        memory = machine_memory()
     else:
         memory = 0.9 * torch_xla.core.xla_model.get_memory_info(device)["bytes_limit"]
     return Device(

@@ -38,9 +38,10 @@ def read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # torch's own message advises to execute what is in the file.
         raise UserError(
-            f"{path} is not a file of weights that is safe to load: {str(error).splitlines()[0]}. It must be what the "
-            "script's --save-model writes."
+            f"{path} is not a file of weights that is safe to load: it is damaged, or has something else than tensors "
+            "and numbers in it. It must be what the script's --save-model writes."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,21 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
         raise UserError(f"--fine-tune is {fine_tune}, but must be 0 or more epochs")
     out = Path(given.setdefault("out", str(_default_out(path, given))))
     scratch = out / SCRATCH
-    if not scratch.is_dir():
-        check_out(str(out))
+    if scratch.is_dir():
+        return _compress(path, given, fine_tune, weigh, out)
+    check_out(str(out))
+    try:
+        return _compress(path, given, fine_tune, weigh, out)
+    except UserError:
+        if not any(scratch.glob("table*")):  # refused: nothing that the command could go on from
+            shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
+
+
+def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out: Path) -> int:
+    scratch = out / SCRATCH
     if path.suffix != ".safetensors":
         path = _converted(path, scratch)
     about = checkpoint.read_about(path)
@@ -112,17 +126,14 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     with opened(path) as file:
         for table, trained in zip(plan.tables, _trained(file, plan), strict=True):
             check_rows(table.name, trained)
-        source = serving.build_mapped(about["model"], file, device)
         # Nothing is trained, so rows have no state.
-        scored = Steps(
-            source, dataset.bag_lengths, device, dataclasses.replace(config, row_optimizer="sgd", row_kernels="own")
-        )
+        plain = dataclasses.replace(config, row_optimizer="sgd", row_kernels="own")
+        scored = Steps(serving.build_mapped(about["model"], file, device), dataset.bag_lengths, device, plain)
         before = _scores(scored, loader, GraphWatch(device, launcher.warn))
-    del scored, source
-    described = serving.describe(config, plan.bags, *dataset.shape)
-    model = serving.build(described, DTYPES[config.row_precision])
-    scratch.mkdir(parents=True, exist_ok=True)
-    with opened(path) as file:
+        del scored
+        described = serving.describe(config, plan.bags, *dataset.shape)
+        model = serving.build(described, DTYPES[config.row_precision])
+        scratch.mkdir(parents=True, exist_ok=True)
         tables = _compress_tables(file, model, plan, dataset, config, weigh, scratch)
         _copy_dense(file, model)
     steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
@@ -286,8 +297,9 @@ def _compress_tables(
             error = table_error(bag, read[k], count) if planned.plugin != registry.EXACT else TableError(0.0, 0.0)
             told = planned.as_dict() | {"seconds": seconds, "error": error.rows, "error_of_lookups": error.lookups}
             state = bag.state_dict()
-            sections = [Section([(name, tensor.shape)], tensor.dtype, [tensor]) for name, tensor in state.items()]
-            write(finished, sections, {"told": json.dumps(told)})
+            if planned.plugin != registry.EXACT:  # what is only copied need not be kept
+                sections = [Section([(name, tensor.shape)], tensor.dtype, [tensor]) for name, tensor in state.items()]
+                write(finished, sections, {"told": json.dumps(told)})
             model.bags[k].load_state_dict(state)
         if planned.plugin != registry.EXACT:
             print(

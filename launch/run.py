@@ -93,18 +93,19 @@ def flags() -> argparse.ArgumentParser:
     )
     add_settings(parser, {f.name for f in dataclasses.fields(Config) if f.metadata["flag"]})
     parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
-    parser.add_argument(
+    commands = parser.add_mutually_exclusive_group()
+    commands.add_argument(
         "--resume", type=Path, default=None, metavar="RUN", help="run folder to go on with; its config.yaml holds"
     )
-    parser.add_argument(
+    commands.add_argument(
         "--evaluate", type=Path, default=None, metavar="CHECKPOINT", help="score rows, write --out as Parquet, and stop"
     )
     parser.add_argument("--split", default="test", choices=SPLITS, help="the rows that --evaluate scores")
-    parser.add_argument(
+    commands.add_argument(
         "--export", type=Path, default=None, metavar="CHECKPOINT", help="write programs to the folder --out, and stop"
     )
     parser.add_argument("--plan", action="store_true", default=False, help="print what each table keeps, and stop")
-    parser.add_argument(
+    commands.add_argument(
         "--list-plugins", action="store_true", default=False, help="print the installed plugins, and stop"
     )
     return parser
@@ -266,6 +267,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
         steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
         if start:
             resume(start[0], about, steps, folder)
+            check_best(folder.checkpoints, outcome, noted)
         watch = GraphWatch(device, noted)
         model_about = serving.describe(config, plan.bags, *dataset.shape)
 
@@ -337,6 +339,18 @@ def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder) -
     if outcome["best_step"] == outcome["steps"]:
         folder.checkpoints.repeat_best(path)
     print(f"resumed from {path}, step {outcome['steps']:,}")
+
+
+def check_best(checkpoints: CheckpointFolder, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Forgets the best step where its checkpoint is lost; otherwise the run would end with nothing to test."""
+    if not math.isfinite(outcome.best_log_loss):
+        return
+    try:
+        checkpoint.read_about(checkpoints.named("best"))
+    except UserError as error:
+        say(f"{error} The best checkpoint is now the next one with a validation.")
+        fresh = Outcome()
+        outcome.best_step, outcome.best_log_loss, outcome.best_auc = 0, fresh.best_log_loss, fresh.best_auc
 
 
 def make_report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.train import GraphWatch, Steps, predict
 
 Warn = Callable[[str], None]
+# Flags that leave the model as it is.
+_FOR_SCORES = {"out", "device", "data", "data_cache", "batch_size", "precision", "seed", "min_count", "synthetic_rows"}
+_FOR_PROGRAMS = {"out", "batch_size"}
 
 
 def evaluate(
@@ -37,6 +40,7 @@ def evaluate(
     Settings are those of the checkpoint but for ``given``. A UserError where the data's ids mean something else.
     """
     about = _about(path)
+    _check_flags(given, _FOR_SCORES, "--evaluate")
     out = Path(given.pop("out", "") or path.parent.parent / f"predictions-{path.stem}-{split}.parquet")
     saved = {k: v for k, v in about["config"].items() if k not in ("out", "row_files")}
     config, _ = resolve({**saved, **given}, None)
@@ -80,6 +84,9 @@ def evaluate(
 def export_model(path: Path, given: dict[str, Any]) -> int:
     """Exports a checkpoint's model as torch.export and StableHLO programs into a folder."""
     _about(path)
+    _check_flags(given, _FOR_PROGRAMS, "--export")
+    if given.get("batch_size", 1) < 1:
+        raise UserError(f"batch_size is {given['batch_size']}, but a program needs at least 1 sample")
     folder = Path(given.get("out", "") or path.parent.parent / f"export-{path.stem}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder} is there already. Choose a new folder.")
@@ -87,6 +94,15 @@ def export_model(path: Path, given: dict[str, Any]) -> int:
     names = export(scorer, about, folder, given.get("batch_size", about["config"]["batch_size"]))
     print(f"step {about['step']:,} of {path} exported to {folder}: {', '.join(names)}")
     return 0
+
+
+def _check_flags(given: Mapping[str, Any], allowed: Collection[str], command: str) -> None:
+    unused = sorted(set(given) - set(allowed))
+    if unused:
+        raise UserError(
+            f"{command} takes the model as it was trained: --{unused[0].replace('_', '-')} would change nothing. Leave "
+            f"it out; these may be given: {', '.join('--' + name.replace('_', '-') for name in sorted(allowed))}."
+        )
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -163,6 +163,14 @@ def test_compositions_hand_their_rows_on(weight, lookups):
     torch.testing.assert_close(hot[50:], _best(weight[50:], 3, lookups[50:]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("spec", ["tensorly_tt:rank=2", "tensorly_cp:rank=2", "tensorly_tucker:rank=2"])
+def test_a_table_that_a_decomposition_has_no_memory_for_is_refused_before_it_is_read(spec, monkeypatch):
+    monkeypatch.setattr(trained_rows, "machine_memory", lambda: 1e6)
+    bag = compose(parse(spec), RowTable)(Table("t", 9000, DIM))
+    with pytest.raises(UserError, match="takes a table whole"):
+        set_table(bag, TrainedRows(lambda start, stop: pytest.fail("was read"), 9000, DIM))
+
+
 def test_what_cannot_be_taken_over_is_refused(weight):
     with pytest.raises(UserError, match="has no set_table"):
         _fitted("robe", weight)

@@ -115,7 +115,7 @@ def test_stopped_it_goes_on_after_the_last_finished_table(trained, tmp_path, mon
     assert compress.main([str(trained), "--plugin", "pq:bits=3", "--out", str(out)]) == 2
     assert "of another compression" in capsys.readouterr().err
     assert compress.main([str(trained), *arguments, "--out", str(out)]) == 0
-    assert asked == [30, 400, 200, 200], "finished tables are not done again"
+    assert asked == [30, 400, 200, 30, 200], "finished tables are not done again; the first is only copied"
     monkeypatch.undo()
     assert compress.main([str(trained), *arguments, "--out", str(tmp_path / "whole")]) == 0
     one, other = (load_file(f / "checkpoints" / "last.safetensors") for f in (out, tmp_path / "whole"))
@@ -150,6 +150,7 @@ def test_weights_of_the_reference_script_are_a_source(small_log, tmp_path, capsy
         (["--plugin", "robe:blocks=20"], "has no set_table"),
         (["--plugin", "svd", "--fine-tune", "-1"], "must be 0 or more"),
         (["--plugin", "svd", "--seed", "5"], "rows would mean something else"),
+        (["--plugin", "tensorly_cp:block=true,rank=2"], "leave block out"),
     ],
 )
 def test_bad_input_is_refused(trained, tmp_path, capsys, arguments, message):
@@ -164,3 +165,7 @@ def test_other_data_damaged_rows_and_compressed_sources_are_refused(trained, sma
     assert "3 tables are not those of the data, which has 26" in capsys.readouterr().err
     assert compress.main([str(tmp_path / "none.safetensors"), *arguments]) == 2
     assert "cannot read the checkpoint" in capsys.readouterr().err
+    (tmp_path / "dlrm.pt").write_bytes(b"no weights")
+    assert compress.main([str(tmp_path / "dlrm.pt"), *arguments]) == 2
+    assert "it is damaged, or has something else than tensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

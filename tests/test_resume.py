@@ -164,6 +164,23 @@ def test_a_setting_that_is_newer_than_the_checkpoint_counts_as_its_default(setti
             launcher.find_start(dataclasses.replace(now, cross_rank=8), folder)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_run_whose_best_checkpoint_is_lost_says_so_and_finds_another(damage, settings, tmp_path, capsys):
+    calm = tmp_path / "calm"
+    assert launcher.main([*settings, "--evals-per-epoch", "2", "--out", str(calm)]) == 0
+    folder = _interrupted(calm, tmp_path / "lost", 12)
+    best = folder / "checkpoints" / "best.safetensors"
+    if damage == "flipped":
+        best.write_bytes((folder / "checkpoints" / "step-0000000012.safetensors").read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert launcher.main(["--resume", str(folder)]) == 0
+    told = capsys.readouterr().err
+    assert "best.safetensors" in told
+    assert "The best checkpoint is now the next one with a validation" in told
+    assert _bits(folder / "checkpoints/last.safetensors") == _bits(calm / "checkpoints/last.safetensors")
+    assert json.loads((folder / "report.json").read_text())["best_step"] in (15, 20)
+
+
 @pytest.mark.slow
 def test_a_few_kills_of_the_campaign(tmp_path):
     campaign = ROOT / "tests" / "campaigns" / "kills.py"

@@ -112,6 +112,28 @@ def test_a_checkpoint_is_exported_from_the_command_line(run, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--evaluate", "--plugin", "hash_rows"], "--plugin would change nothing"),
+        (["--export", "--device", "xla"], "--device would change nothing"),
+        (["--export", "--batch-size", "-3"], "needs at least 1 sample"),
+        (["--export", "--batch-size", "0"], "needs at least 1 sample"),
+    ],
+)
+def test_flags_that_a_checkpoint_cannot_follow_are_refused(run, tmp_path, capsys, flags, message):
+    best = str(run / "checkpoints" / "best.safetensors")
+    assert launcher.main([flags[0], best, *flags[1:], "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_command_at_a_time(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        launcher.main(["--evaluate", "a", "--export", "a"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     for flag in ("--evaluate", "--export"):
         assert launcher.main([flag, str(tmp_path / "none")]) == 2

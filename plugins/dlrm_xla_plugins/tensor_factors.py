@@ -95,9 +95,7 @@ def _pooled(rows_ND: Tensor, weights_BL: Tensor) -> Tensor:
 
 
 def _digit_tensor(rows: TrainedRows, radices: tuple[int, int, int]) -> np.ndarray:
-    padded = np.zeros((math.prod(radices), rows.dim))
-    padded[: rows.num_rows] = rows.whole().numpy()
-    return padded.reshape(*radices, rows.dim)
+    return rows.padded(math.prod(radices), rows.dim).reshape(*radices, rows.dim)
 
 
 class CPBag(_DigitFactors):

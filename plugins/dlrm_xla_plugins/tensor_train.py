@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,8 +101,7 @@ class TensorTrainBag(nn.Module):
         from tensorly.decomposition import tensor_train_matrix
 
         rank = self.rank
-        padded = np.zeros((math.prod(self.rows), math.prod(self.columns)), dtype=np.float64)
-        padded[: rows.num_rows, : rows.dim] = rows.whole().numpy()
+        padded = rows.padded(math.prod(self.rows), math.prod(self.columns))
         with tl.backend_context("numpy", local_threadsafe=True):  # importing tltorch, for one, makes torch the default
             factors = tensor_train_matrix(padded.reshape(*self.rows, *self.columns), rank=[1, rank, rank, 1])
         with torch.no_grad():
