@@ -3,7 +3,7 @@
 # Both set up .venv at the root first; PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := xla,tensorly,distributed,tpu-compiler,dev
+EXTRAS := xla,tensorly,distributed,tpu-compiler,studies,dev
 
 .PHONY: demo test setup lint clean
 

@@ -6,6 +6,7 @@ python launch/bench.py --what update --rows 1000000 --dim 16 64 128 --zipf 0 1.0
 python launch/bench.py --what scale --device cpu xla              the same ids in tables of 1M and of 100M rows in all
 python launch/bench.py --what tt --rows 1000000 --dim 64
 python launch/bench.py --what plugins --ratio 100                 the kaggle step with each plugin, against exact tables
+python launch/bench.py --what growth --rows 10000 1000000         the same with 26 equal tables of so many rows in all
 
 Each case is run by every implementation that can run it, taking turns repetition by repetition, so that what else the
 machine does meets all alike. ``gb_per_s`` is the least that any implementation must move over the median time (ids and
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_arms as arms
+import bench_parts
 import torch
 from bench_arms import Case, Repetition
 from tqdm import tqdm
@@ -43,6 +45,7 @@ from dlrm_xla.run_folder import versions
 
 WARM_UP = 3
 OURS = "dlrm_xla"
+WITH_PLUGINS = ("plugins", "growth")
 # Rows of 26 equal tables.
 SCALES = {"1M": (1_000_000 // 26,) * 26, "100M": (100_000_000 // 26,) * 26}
 
@@ -53,9 +56,8 @@ def flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     several: dict[str, Any] = {"nargs": "+"}
-    parser.add_argument(
-        "--what", choices=["lookup", "update", "step", "scale", "tt", "plugins"], default=["update", "step"], **several
-    )
+    whats = ["lookup", "update", "step", "scale", "tt", *WITH_PLUGINS]
+    parser.add_argument("--what", choices=whats, default=["update", "step"], **several)
     parser.add_argument("--device", choices=["cpu", "cuda", "xla"], default=["cpu"], **several)
     parser.add_argument(
         "--rows", type=int, default=[1_000_000], help="rows of a table; of a step's tables at most", **several
@@ -87,9 +89,9 @@ def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[C
     )
     for what, device, rows, dim, batch, bag, zipf, optimizer in product:
         capped = tuple(min(r, rows) for r in KAGGLE_ROWS)
-        kind = {"tt": "update", "scale": "step", "plugins": "step"}.get(what, what)
-        tables = {"step": capped, "plugins": capped, "scale": SCALES["1M"]}.get(what, (rows,))
-        found.append((Case(kind, device, tables, dim, batch, bag, zipf, optimizer), what))
+        kind = {"tt": "update", "scale": "step", "plugins": "step", "growth": "step"}.get(what, what)
+        tables = {"step": capped, "plugins": capped, "scale": SCALES["1M"], "growth": (-(-rows // 26),) * 26}
+        found.append((Case(kind, device, tables.get(what, (rows,)), dim, batch, bag, zipf, optimizer), what))
     return found
 
 
@@ -99,7 +101,7 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         # The same ids, those of the smallest tables, looked up in tables of every size.
         sized = {n: dataclasses.replace(case, table_rows=tables, id_rows=SCALES["1M"]) for n, tables in SCALES.items()}
         return {f"{OURS} {n}": lambda c=c: arms.ours(c, "sparse") for n, c in sized.items()}
-    if title == "plugins":
+    if title in WITH_PLUGINS:
         specs = [EXACT, *(given.plugin or sorted(installed()))]
         return {f"{OURS} {spec}": lambda s=spec: arms.with_plugin(case, s, given.ratio) for spec in specs}
     if title == "tt":
@@ -170,6 +172,10 @@ def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> l
             repetitions[name] = run
     times = measure(case.device, repetitions, given.repeat)
     medians = {name: statistics.median(t) for name, t in times.items()}
+    parts = {}
+    if title in WITH_PLUGINS:
+        specs = {name: name.removeprefix(f"{OURS} ") for name in medians}
+        parts = {name: bench_parts.parts(case, spec, given.ratio, given.repeat) for name, spec in specs.items()}
     rows = []
     for name, ms in medians.items():
         others = [m for other, m in medians.items() if not other.startswith(OURS) and other != name]
@@ -191,7 +197,8 @@ def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> l
                 "share_of_copy": moved / copy if moved else None,
                 "ratio_to_best_other": min(others) / ms if others else None,
                 "ratio_to_1M": ms / medians[f"{OURS} 1M"] if title == "scale" else None,
-                "ratio_to_exact": ms / medians[f"{OURS} {EXACT}"] if title == "plugins" else None,
+                "ratio_to_exact": ms / medians[f"{OURS} {EXACT}"] if title in WITH_PLUGINS else None,
+                "ms_by_part": parts.get(name),
             }
         )
     return rows

@@ -129,23 +129,34 @@ def ours(case: Case, placement: Placement, kernels: RowKernels = "auto") -> Repe
 
 
 def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto") -> Repetition:
-    config = _config(case, kernels)
-    model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)
-    steps = Steps(model, [case.bag] * len(case.table_rows), case.device, config)
-    batches = _packed(case)
+    steps, batches = _steps(case, make_bags, kernels)
     return lambda k: steps.train(batches[k % NUM_BATCHES], k)
 
 
-def with_plugin(case: Case, spec: str, ratio: float) -> Repetition:
-    """The train step with tables replaced by a plugin, sized to 1/``ratio`` of the exact bytes; 0: by its options.
+def _steps(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto") -> tuple[Steps, list[PackedBatch]]:
+    config = _config(case, kernels)
+    model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)
+    return Steps(model, [case.bag] * len(case.table_rows), case.device, config), _packed(case)
 
-    Raises a UserError where the plugin cannot reach the ratio.
+
+def with_plugin(case: Case, spec: str, ratio: float) -> Repetition:
+    """The train step of `plugin_steps`."""
+    steps, batches = plugin_steps(case, spec, ratio)
+    return lambda k: steps.train(batches[k % NUM_BATCHES], k)
+
+
+def plugin_steps(case: Case, spec: str, ratio: float) -> tuple[Steps, list[PackedBatch]]:
+    """Steps of a DLRM with tables replaced by a plugin, sized to 1/``ratio`` of the exact bytes, and their batches.
+
+    A ratio of 0 leaves sizes to the plugin's options. Raises a UserError where the plugin cannot reach the ratio.
     """
     budget = None
     if ratio and parse(spec):
         exact = sum(case.table_rows) * case.dim * 4
         budget = Budget(exact / ratio, lambda bag, table: bytes_kept(bag), f"--ratio {ratio:g}", exact)
-    return _dlrm_step(case, plan(_tables(case), spec, {}, _config(case).min_rows, RowTable, budget)[1])
+    # Even where all tables are small, the largest get the plugin.
+    least = min(_config(case).min_rows, max(case.table_rows))
+    return _steps(case, plan(_tables(case), spec, {}, least, RowTable, budget)[1])
 
 
 def naive(case: Case) -> Repetition:

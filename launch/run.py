@@ -292,6 +292,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
         base = base_rate_metrics(labels, dataset.click_rate("train"))
         report = make_report(config, plan, steps, watch, outcome, result, base, best_auc)
         report["warnings"] = warnings
+        report["data"] = {name: fingerprint[name] for name in ("num_rows", "vocabulary", "rows")}
         folder.plot(f"{title(report)}: test AUC {result['auc']:.4f}", base["log_loss"], best_auc)
         folder.report(report)
     finally:
@@ -380,6 +381,7 @@ def make_report(
         **{f"base_rate_{name}": value for name, value in base.items()},
         "best_reachable_auc": best_auc,
         "validation_auc": outcome.best_auc,
+        "validation_log_loss": outcome.best_log_loss,
         "best_step": outcome.best_step,
         "steps": outcome.steps,
         "samples": outcome.samples,

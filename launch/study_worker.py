@@ -1,0 +1,66 @@
+"""Runs launch scripts for `launch/study.py`, each in a process forked from this one.
+
+Imports are most of what a short run costs: 12 s of CPU time, where 3,000 rows take 0.7 s. So they are made once, before
+any device is opened, and every call begins as a copy.
+
+Reads one JSON object a line, {script, arguments, log, lock}; answers each with {"pid"} and, at its end, {"code"}.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+# What a run imports only where it needs it, which all do.
+LATE = (
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "sklearn.metrics",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+)
+
+
+def _work(job: dict[str, Any]) -> NoReturn:
+    """Becomes the call; holds the lock, where there is one, as long as it lives, whoever waits for it."""
+    code = 1
+    try:
+        os.setsid()  # Ctrl-C is told by the study, once
+        lock = os.open(job["lock"], os.O_RDWR | os.O_CREAT) if job["lock"] else None
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = importlib.import_module(job["script"]).main(job["arguments"])
+    except SystemExit as error:  # argparse's
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    """Serves until its standard input ends."""
+    for name in ("run", *LATE):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            _work(json.loads(line))
+        print(json.dumps({"pid": child}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The cells of a study: one call of one tool each, with a folder that its settings name."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dlrm_xla_studies.spec import Block, Study, Tool, Tuning
+
+SCRIPTS: dict[Tool, str] = {"run": "run", "compile": "compile_tpu", "bench": "bench"}
+# Of a run's settings, those that its name tells, in this order.
+_NAMED = ("plugin", "ratio", "preset", "device", "batch_size", "min_count", "chip", "what", "rows", "seed")
+# What a method's cells may differ in.
+_NOT_OF_METHOD = ("ratio", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call of a tool; ``trial`` says that it belongs to a method's tuning."""
+
+    tool: Tool
+    settings: Mapping[str, Any]
+    trial: str = ""
+    tuned: tuple[str, ...] = ()
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps([self.tool, self.trial, dict(self.settings)], sort_keys=True, default=str)
+        plain = ("plugin", "preset", "device", "chip", "what")
+        given = [key for key in _NAMED if key in self.settings]
+        told = [f"{'' if key in plain else key}{self.settings[key]}" for key in given]
+        name = "-".join(["trial" if self.trial else self.tool, *told])
+        slug = re.sub(r"[^\w+.=-]", "_", name)[:90]
+        object.__setattr__(self, "id", f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        parts = [str(self.settings.get("plugin", "exact" if self.tool == "run" else ""))]
+        if self.settings.get("ratio"):
+            parts.append(f"{self.settings['ratio']:g}x")
+        told = {"min_count": "min count", "batch_size": "batch", "rows": "rows"}
+        parts += [f"{words} {self.settings[key]}" for key, words in told.items() if key in self.settings]
+        parts += [str(self.settings[key]) for key in ("what", "preset", "chip", "device") if key in self.settings]
+        parts += [f"seed {self.settings['seed']}"] if "seed" in self.settings else []
+        return " ".join(filter(None, [{"run": "", "compile": "compile", "bench": "bench"}[self.tool], *parts]))
+
+    @property
+    def device(self) -> str:
+        """The device that it occupies alone, or '' for the CPU, whose cores are shared."""
+        device = str(self.settings.get("device", "cpu"))
+        return "tpu compiler" if self.tool == "compile" else "" if device == "cpu" else device
+
+    def method(self, tuning: Tuning) -> str:
+        """What is tuned as one: all settings but the ratio, the seed and those to tune."""
+        left = {k: v for k, v in self.settings.items() if k not in _NOT_OF_METHOD and k not in tuning.search}
+        return json.dumps(left, sort_keys=True)
+
+    def with_tuned(self, values: Mapping[str, float]) -> Cell:
+        """The cell with what tuning found for it."""
+        return replace(self, settings={**self.settings, **{k: values[k] for k in self.tuned}}, tuned=())
+
+    def command(self, folder: Path) -> list[str]:
+        """A script of launch/ and its arguments, for a call that starts in ``folder``."""
+        script = SCRIPTS[self.tool]
+        if self.tool == "run":
+            return [script, "--config", str(folder / "settings.yaml"), "--out", str(folder / "run")]
+        flags = itertools.chain.from_iterable(_flag(k, v) for k, v in self.settings.items())
+        return [script, *flags, "--out", str(folder / "report.json")]
+
+    def report(self, folder: Path) -> Path:
+        """Where the tool leaves its figures."""
+        return folder / "run" / "report.json" if self.tool == "run" else folder / "report.json"
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    name = f"--{key.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [name] if value else []
+    return [name, *map(str, value)] if isinstance(value, list) else [name, str(value)]
+
+
+def cells(study: Study) -> list[Cell]:
+    """All cells in the order of the file, the last field of a block fastest; of equal cells, one."""
+    return list({cell.id: cell for block in study.blocks for cell in _block_cells(study, block)}.values())
+
+
+def _block_cells(study: Study, block: Block) -> Iterator[Cell]:
+    for combination in itertools.product(*block.values.values()):
+        own = dict(zip(block.values, combination, strict=True))
+        if block.tool != "run":
+            yield Cell(block.tool, own)
+            continue
+        search = study.tuning.search if study.tuning else {}
+        # A block that sets what would be searched has decided it.
+        tuned = tuple(key for key in search if key not in own)
+        yield Cell("run", {"device": "cpu", "plugin": "exact", "seed": 0, **study.settings, **own}, tuned=tuned)
+
+
+def methods(found: Sequence[Cell], tuning: Tuning) -> dict[str, list[Cell]]:
+    """The cells that wait for tuning, by method."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in found:
+        if cell.tuned:
+            groups.setdefault(cell.method(tuning), []).append(cell)
+    return groups
+
+
+def trial_place(group: Sequence[Cell], seed: int) -> Cell:
+    """The cell of a method that its trials are made at: the middle one of its ratios."""
+    ratios = sorted({cell.settings.get("ratio", 0) for cell in group})
+    middle = ratios[len(ratios) // 2]
+    chosen = next(cell for cell in group if cell.settings.get("ratio", 0) == middle)
+    return replace(chosen, settings={**chosen.settings, "seed": seed})

@@ -1,0 +1,125 @@
+"""Results as one table: a row per finished run, trial, compilation, and measured case of a benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dlrm_xla.errors import UserError
+from dlrm_xla_studies.grid import Cell
+from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
+
+TABLE = "results.parquet"
+# Settings that tell runs apart, beside those that a report has itself.
+SETTINGS = (
+    "ratio", "min_count", "min_rows", "row_lr", "plugin_lr", "dense_lr", "row_optimizer", "dense_optimizer", "dim",
+    "precision", "row_precision", "memory", "bottom", "top", "interaction", "warmup_steps", "decay_start",
+    "decay_steps", "patience", "evals_per_epoch", "micro_batches", "row_weight_decay", "synthetic_rows",
+    "synthetic_tables",
+    "synthetic_bags", "tables",
+)  # fmt: skip
+# What an undisturbed study and one that was killed and resumed agree in.
+TIMES = ("train_samples_per_second", "step_ms_median", "seconds", "attempts", "ms_median", "ms_min", "gb_per_s",
+         "share_of_copy", "ratio_to_best_other", "ratio_to_1M", "ratio_to_exact", "folder", "compiles",
+         "ms_by_part")  # fmt: skip
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A training run's row: its report, flat, with the settings that tell it apart. UserError where it is none."""
+    try:
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is no finished run: {error.strerror} {error.filename}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: cannot read its report or config: {error}") from error
+    plain = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
+    tables = report.pop("tables", [])
+    row = {key: value for key, value in report.items() if not isinstance(value, dict | list)}
+    row["training_bytes"] = sum(t["padded"] + t["optimizer"] + t["gradient"] for t in tables)
+    row["table_rows"] = sum(t.get("rows", 0) for t in tables)
+    row |= {key: _flat(plain[key]) for key in SETTINGS if key in plain}
+    row["epochs_asked"] = plain.get("epochs")
+    row["data"] = Path(str(plain.get("data") or "synthetic")).name
+    row["data_digest"] = report.get("data", {}).get("rows", "")
+    row["versions"] = json.dumps(report.get("versions", {}), sort_keys=True)
+    row["kind"], row["folder"] = "run", str(folder)
+    return row
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def rows_of(cell: Cell, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a finished cell."""
+    if cell.tool == "run":
+        return [read_run(folder / "run") | {"kind": "trial" if cell.trial else "run"}]
+    report = whole_report(cell, folder)
+    rows = [_compiled(report)] if cell.tool == "compile" else report
+    settings = {k: _flat(v) for k, v in cell.settings.items()}
+    found = []
+    for row in rows:
+        flat = {k: json.dumps(v, sort_keys=True) if isinstance(v, dict | list) else v for k, v in row.items()}
+        found.append({**settings, **flat, "kind": cell.tool, "folder": str(folder)})
+    return found
+
+
+def _compiled(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table keeps of a compilation: figures, and of lists their length."""
+    row: dict[str, Any] = {key: len(value) if isinstance(value, list) else value for key, value in report.items()}
+    row["ms_by_part"] = row.pop("parts_ms", None)
+    row["forward_ms"] = (row.pop("forward", None) or {}).get("estimated_ms")
+    return {key: value for key, value in row.items() if not isinstance(value, dict) or key == "ms_by_part"}
+
+
+def table(name: str, out: Path, cells: Sequence[Cell], states: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """All rows of a study, in the order of its cells."""
+    rows = []
+    for cell in cells:
+        state = states[cell.id]
+        if state["status"] == FINISHED:
+            extra = {"study": name, "cell": cell.id, "seconds": state["seconds"], "attempts": state["attempts"]}
+            rows += [{**extra, **row} for row in rows_of(cell, folder_of(out, cell))]
+    return frame(rows)
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of several kinds in one table; what a row has not is null."""
+    made = pd.DataFrame(list(rows))
+    for column in made.columns:
+        if made[column].map(type).nunique() > 1 and made[column].dtype == object:
+            # None beside numbers; anything else that is mixed becomes text.
+            numbers = pd.to_numeric(made[column], errors="coerce")
+            made[column] = numbers if numbers.notna().sum() == made[column].notna().sum() else made[column].map(
+                lambda v: None if v is None or v != v else str(v)
+            )  # fmt: skip
+    return made
+
+
+def write(name: str, out: Path, cells: Sequence[Cell], states: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Writes the table as Parquet, in one piece, and returns it."""
+    made = table(name, out, cells, states)
+    unfinished = out / f"{TABLE}.unfinished"
+    made.to_parquet(unfinished, index=False)
+    os.replace(unfinished, out / TABLE)
+    return made
+
+
+def told(out: Path, cell: Cell) -> str:
+    """The figures of a finished cell in a few words."""
+    report = whole_report(cell, folder_of(out, cell))
+    if report is None:
+        return ""
+    if cell.tool == "run":
+        return f"AUC {report['auc']:.4f}, log loss {report['log_loss']:.4f}, {report['embedding_bytes']:,} bytes"
+    if cell.tool == "compile":
+        estimated = report["estimated_ms"]
+        return f"{estimated:.3f} ms estimated" if estimated is not None else "no estimate"
+    return ", ".join(f"{row['name']} {row['ms_median']:.2f} ms" for row in report)

@@ -1,0 +1,208 @@
+"""Runs the cells of a study in parallel within its cores and memory, so that a kill at any moment loses little.
+
+A cell's folder holds `settings.yaml`, `log.txt`, `state.json` and what the tool writes. It is finished once the tool's
+report is whole; then it is never run again. A run that stopped goes on by `launch/run.py --resume`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlrm_xla.errors import UserError
+from dlrm_xla_studies.feasible import Forecast
+from dlrm_xla_studies.grid import Cell
+from dlrm_xla_studies.workers import Workers
+
+FINISHED, FAILED, INTERRUPTED, WAITING = "finished", "failed", "interrupted", "waiting"
+
+
+class Stopped(Exception):
+    """The study was asked to stop."""
+
+
+def folder_of(study: Path, cell: Cell) -> Path:
+    """Where a cell lives."""
+    return study / "cells" / cell.id
+
+
+def whole_report(cell: Cell, folder: Path) -> Any:
+    """The tool's report, or None where it is not there or says that it was interrupted."""
+    try:
+        report = json.loads(cell.report(folder).read_text())
+    except (OSError, ValueError):
+        return None
+    return None if isinstance(report, dict) and report.get("interrupted") else report
+
+
+def state_of(study: Path, cell: Cell) -> dict[str, Any]:
+    """``status``, ``error``, ``seconds`` and ``attempts`` of a cell, whoever ran it."""
+    folder = folder_of(study, cell)
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError):
+        state = {"status": INTERRUPTED if (folder / "run").exists() else WAITING, "seconds": 0.0, "attempts": 0}
+    # bench.py writes its report row by row: only its exit says that it is whole.
+    ended = cell.tool == "run" or state["status"] == FINISHED
+    if ended and whole_report(cell, folder) is not None:
+        return state | {"status": FINISHED}
+    return state | {"status": INTERRUPTED} if state["status"] in (FINISHED, "running") else state
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one thread, which runs its cells one after another, and what it takes while it does."""
+
+    work: Callable[[], None]
+    cores: int
+    memory: float
+    device: str
+
+
+class Runner:
+    """Runs cells; ``done`` hears of each that ended, with its state."""
+
+    def __init__(
+        self,
+        study: Path,
+        workers: Workers,
+        cores: int,
+        threads: int,
+        memory: float,
+        done: Callable[[Cell, dict[str, Any]], None],
+        retry_failed: bool = False,
+    ) -> None:
+        self.study, self.workers, self.cores, self.threads, self.memory = study, workers, cores, threads, memory
+        self.done, self.retry_failed = done, retry_failed
+        self._signals = 0
+
+    def job(self, work: Callable[[], None], cell: Cell, forecast: Forecast) -> Job:
+        """A job for cells like this one."""
+        # A benchmark's times are worth nothing beside other work.
+        cores = self.cores if cell.tool == "bench" else min(self.threads, self.cores)
+        return Job(work, cores, forecast.memory, cell.device)
+
+    def all(self, jobs: Sequence[Job]) -> None:
+        """Starts the first job that there is room for, until all are done; raises Stopped after a signal."""
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        waiting, running = list(jobs), dict[Future[None], Job]()
+        try:
+            with ThreadPoolExecutor(max(1, self.cores)) as pool:
+                while running or (waiting and not self._signals):
+                    now = list(running.values())
+                    ready = None if self._signals else next((job for job in waiting if self._fits(job, now)), None)
+                    if ready:
+                        waiting.remove(ready)
+                        running[pool.submit(ready.work)] = ready
+                        continue
+                    for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        if not isinstance(future.exception(), Stopped):
+                            future.result()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._signals:
+            raise Stopped
+
+    def _fits(self, job: Job, running: Sequence[Job]) -> bool:
+        return (
+            sum(other.cores for other in running) + job.cores <= self.cores
+            and sum(other.memory for other in running) + job.memory <= self.memory
+            and not (job.device and job.device in {other.device for other in running})
+        )
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signals += 1
+        self.workers.signal(signal.SIGINT if self._signals == 1 else signal.SIGKILL)
+        if self._signals == 1:
+            print("\nstopping: runs write a checkpoint and end; Ctrl-C again ends them at once", file=sys.stderr)
+
+    def one(self, cell: Cell) -> dict[str, Any]:
+        """Runs a cell to its end, unless it is finished, and returns its state."""
+        state = state_of(self.study, cell)
+        if state["status"] == FINISHED or (state["status"] == FAILED and not self.retry_failed):
+            return state
+        if self._signals:
+            raise Stopped
+        state = self._attempt(cell)
+        self.done(cell, state)
+        if state["status"] == INTERRUPTED:
+            raise Stopped
+        return state
+
+    def _attempt(self, cell: Cell) -> dict[str, Any]:
+        folder = folder_of(self.study, cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / "lock"
+        with lock.open("w") as held:
+            # A call holds its lock as long as it lives: where a study was killed and its call lives on, this waits.
+            fcntl.flock(held, fcntl.LOCK_EX)
+        state = state_of(self.study, cell)
+        if state["status"] == FINISHED:
+            return state
+        script, *arguments = self._prepare(cell, folder)
+        attempts = state["attempts"] + 1
+        self._write(folder, {"status": "running", "seconds": state["seconds"], "attempts": attempts})
+        began = time.monotonic()
+        code = self.workers.call(Path(script).stem, arguments, folder / "log.txt", lock)
+        seconds = state["seconds"] + time.monotonic() - began
+        state = {"seconds": seconds, "attempts": attempts} | self._ending(cell, folder, code)
+        self._write(folder, state)
+        return state
+
+    def _prepare(self, cell: Cell, folder: Path) -> list[str]:
+        """The command, after removing what cannot be gone on with."""
+        if cell.tool != "run":
+            return cell.command(folder)
+        run = folder / "run"
+        if (run / "config.yaml").exists():
+            return ["run", "--resume", str(run)]
+        if run.exists():
+            shutil.rmtree(run)
+        settings = {k: os.path.expandvars(v) if isinstance(v, str) else v for k, v in cell.settings.items()}
+        (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+        return cell.command(folder)
+
+    def _ending(self, cell: Cell, folder: Path, code: int) -> dict[str, Any]:
+        # 3: compiled, and does not fit the chip, which is a result.
+        done = (0, 3) if cell.tool == "compile" else (0,)
+        if code in done and whole_report(cell, folder) is not None:
+            return {"status": FINISHED}
+        if self._signals:
+            return {"status": INTERRUPTED}
+        tail = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
+        errors = [line for line in tail if line.startswith("error:")]
+        said = errors[-1] if errors else (tail[-1] if tail else "no output")
+        why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return {"status": FAILED, "error": f"{why}: {said}"}
+
+    def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
+        unfinished = folder / "state.json.unfinished"
+        unfinished.write_text(json.dumps(state) + "\n")
+        os.replace(unfinished, folder / "state.json")
+
+
+@contextmanager
+def only_one(study: Path) -> Iterator[None]:
+    """Holds a study's folder; raises UserError where another process does."""
+    study.mkdir(parents=True, exist_ok=True)
+    with (study / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another study is running in {study}; wait for it, or give another --out") from error
+        yield

@@ -1,0 +1,249 @@
+"""Studies: files read and refused, cells run, resumed and recorded."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, launch_script
+
+pytest.importorskip("optuna")
+pytest.importorskip("scipy")
+
+from dlrm_xla_studies import grid
+from dlrm_xla_studies.results import TIMES
+from dlrm_xla_studies.spec import read_study
+from dlrm_xla_studies.tuning import tune
+
+from dlrm_xla.errors import UserError
+
+FLAGS = {"compile": ["chip", "plugin", "ratio"], "bench": ["what", "rows", "plugin"]}
+TINY = {
+    "synthetic_rows": 1200,
+    "synthetic_tables": [30, 2000, 500, 40],
+    "bottom": [8],
+    "top": [8],
+    "min_rows": 100,
+    "min_count": 0,
+    "batch_size": 128,
+}
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    def make(text):
+        path = tmp_path / "small.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("runs:\n  - {plugin: [hash_rows, robee]}\n", r"small.yaml:2: .*'robee'; did you mean 'robe'"),
+        ("runs:\n  - plugin: exact\n    ratioo: 10\n", r":3: .*'ratioo' of a run; did you mean 'ratio'"),
+        ("runs:\n  - {plugin: 'hash_rows:row=3'}\n", r":2: .* no option 'row'; did you mean 'rows'"),
+        ("runs: [{plugin: exact}]\nsettings:\n  preset: smal\n", r":3: .*'smal'; did you mean 'small'"),
+        ("runs: [{plugin: exact, batch_size: [64, 1.5]}]\n", r":1: batch_size cannot be 1.5"),
+        ("runs: [{plugin: exact, out: x}]\n", r":1: there is no field 'out' of a run"),
+        ("questions: why\nruns: [{plugin: exact}]\n", r":1: .*'questions' of a study; did you mean"),
+        ("compiles: [{chips: v5e}]\n", r":1: there is no field 'chips' of a compile; did you mean 'chip'"),
+        ("runs: [{plugin: exact, plugin: robe}]\n", r":1: plugin is given twice"),
+        ("runs: [{plugin: []}]\n", r":1: plugin has no values"),
+        ("runs: [{}]\n", r":1: a block without a field"),
+        ("runs: {plugin: exact}\n", r":1: blocks are a list"),
+        ("question: why\n", r":1: the study has no cells"),
+        ("", r"is empty"),
+        ("a: [", r"is not YAML"),
+        ("cores: 0\nruns: [{plugin: exact}]\n", r":1: cores is 0"),
+        ("memory: lots\nruns: [{plugin: exact}]\n", r":1: .*'lots'"),
+        ("runs: [{plugin: exact}]\ntuning: {trials: 2}\n", r":2: tuning has no search"),
+        ("runs: [{plugin: exact}]\ntuning: {search: {row_lr: [0.1, 0.01]}}\n", r":2: the range of row_lr"),
+        ("runs: [{plugin: exact}]\ntuning: {search: {preset: [0.1, 0.2]}}\n", r":2: preset cannot be tuned"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_named_with_its_line(study_file, text, words):
+    with pytest.raises(UserError, match=words):
+        read_study(study_file(text), FLAGS)
+
+
+def test_a_block_is_the_product_of_its_lists(study_file):
+    text = """
+settings: {epochs: 2}
+runs:
+  - {plugin: [hash_rows, robe], ratio: [2, 4], seed: [0, 1], bottom: [8, 4]}
+  - {plugin: hash_rows, ratio: 2, seed: 0, bottom: [8, 4]}   # had already
+compiles:
+  - {plugin: exact, chip: [v5e, v6e]}
+"""
+    cells = grid.cells(read_study(study_file(text), FLAGS))
+    assert len(cells) == 8 + 2
+    assert len({cell.id for cell in cells}) == len(cells)
+    runs = [cell for cell in cells if cell.tool == "run"]
+    assert all(cell.settings["bottom"] == [8, 4] and cell.settings["epochs"] == 2 for cell in runs)
+    assert [cell.settings["seed"] for cell in runs] == [0, 1] * 4
+
+
+def test_every_method_gets_its_trials_and_keeps_the_best(study_file):
+    text = """
+runs:
+  - {plugin: [hash_rows, robe], ratio: [2, 4, 8], seed: [0, 1]}
+  - {plugin: exact, row_lr: 0.3}
+tuning: {trials: 5, seed: 7, search: {row_lr: [0.01, 0.5]}}
+"""
+    study = read_study(study_file(text), FLAGS)
+    groups = grid.methods(grid.cells(study), study.tuning)
+    assert len(groups) == 2  # what sets its own rate is not tuned
+    for group in groups.values():
+        assert len(group) == 6
+        place = grid.trial_place(group, study.tuning.seed)
+        assert (place.settings["ratio"], place.settings["seed"]) == (4, 7)
+        asked = []
+
+        def loss_of(cell, asked=asked):
+            asked.append(cell)
+            rate = cell.settings["row_lr"]
+            return None if len(asked) == 2 else abs(rate - 0.2)
+
+        best = tune(place, study.tuning, loss_of)
+        assert len({cell.id for cell in asked}) == 5
+        rates = [cell.settings["row_lr"] for k, cell in enumerate(asked) if k != 1]
+        assert best == {"row_lr": min(rates, key=lambda r: abs(r - 0.2))}
+        assert asked[0].settings["row_lr"] == 0.02  # the preset's own comes first
+        again = []
+        tune(place, study.tuning, lambda cell, again=again: again.append(cell) or None)
+        assert again[0].id == asked[0].id
+
+
+STUDY = {
+    "question": "Does it run?",
+    "cores": 2,
+    "settings": TINY,
+    "runs": [
+        {"plugin": "exact", "seed": [0, 1]},
+        {"plugin": "hash_rows", "ratio": [2, 5000], "seed": [0, 1]},
+        {"plugin": "robe", "ratio": 2, "data": "${NOT_SET_ANYWHERE}/x.tsv"},
+        {"plugin": "robe", "ratio": 2, "data": "nowhere.tsv"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A study that ran once, in a process of its own."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "study.py"),
+        str(folder / "small.yaml"),
+        "--out",
+        str(folder / "o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return command, folder / "o", done
+
+
+def stable(table):
+    return table.drop(columns=[c for c in TIMES if c in table])
+
+
+def test_a_study_runs_what_can_run_and_says_why_the_rest_cannot(ran):
+    _, out, done = ran
+    assert done.returncode == 0, done.stderr
+    assert "hash_rows 5000x" in done.stdout
+    assert "within its reach" in done.stdout
+    assert "environment variable in it is not set" in done.stdout
+    assert "nowhere.tsv is not there" in done.stdout
+    assert "4 of 4 cells finished, 0 failed" in done.stdout
+    assert re.search(r"exact .*AUC 0\.\d{4}", done.stdout)
+    table = pd.read_parquet(out / "results.parquet")
+    assert sorted(zip(table["plugin"], table["seed"], strict=True)) == [
+        ("exact", 0), ("exact", 1), ("hash_rows", 0), ("hash_rows", 1),
+    ]  # fmt: skip
+    for row in table.to_dict("records"):
+        report = json.loads((out / "cells" / row["cell"] / "run" / "report.json").read_text())
+        assert row["auc"] == report["auc"]
+        assert row["training_bytes"] == sum(t["padded"] + t["optimizer"] + t["gradient"] for t in report["tables"])
+
+
+def test_a_page_and_plots_are_written(ran):
+    _, out, _ = ran
+    text = (out / "report.html").read_text()
+    assert "Does it run?" in text
+    assert "hash_rows" in text
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
+    for kind in ("png", "pdf"):
+        assert (out / "figures" / f"auc-embedding_bytes-cpu.{kind}").stat().st_size > 5000
+
+
+def test_what_is_finished_never_runs_again_and_what_failed_is_kept(ran):
+    command, out, _ = ran
+    before = stable(pd.read_parquet(out / "results.parquet"))
+    reports = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/run/report.json")}
+    # One cell as a kill leaves it: without a report, and with a checkpoint to go on from; another that failed.
+    finished = sorted(out.glob("cells/*exact*"))
+    (finished[0] / "run" / "report.json").unlink()
+    (finished[0] / "state.json").write_text(json.dumps({"status": "running", "seconds": 1.0, "attempts": 1}))
+    (finished[1] / "run" / "report.json").unlink()
+    (finished[1] / "state.json").write_text(
+        json.dumps({"status": "failed", "seconds": 1.0, "attempts": 1, "error": "exit code 2: error: made up"})
+    )
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "3 of 4 cells finished, 1 failed" in done.stdout
+    assert "made up" in done.stdout
+    log = (finished[0] / "log.txt").read_text()
+    assert "resumed from" in log or "holds no checkpoint" in log
+    done = subprocess.run([*command, "--retry-failed"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(stable(pd.read_parquet(out / "results.parquet")), before)
+    again = {p: p.stat().st_mtime_ns for p in reports}
+    assert sum(again[p] == reports[p] for p in reports) == 2
+
+
+def test_two_studies_do_not_share_a_folder(ran, study_file, capsys):
+    from dlrm_xla_studies.runner import only_one
+
+    _, out, _ = ran
+    study = launch_script("study")
+    with only_one(out):
+        assert study.main([str(out / "study.yaml"), "--out", str(out)]) == 2
+    assert "another study is running" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_loses_nothing(tmp_path):
+    longer = STUDY | {
+        "runs": [{"plugin": "exact", "synthetic_rows": 60_000, "epochs": 5, "patience": 0, "seed": [0, 1]}]
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(longer))
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "study.py"),
+        str(tmp_path / "small.yaml"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("o/cells/*/run/metrics.jsonl"))) < 2:
+        assert child.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 130, out + err
+    assert "the same command goes on" in err
+    states = [json.loads(p.read_text()) for p in tmp_path.glob("o/cells/*/state.json")]
+    assert {s["status"] for s in states} == {"interrupted"}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 cells finished" in done.stdout
+    assert all("resumed from" in p.read_text() for p in tmp_path.glob("o/cells/*/log.txt"))
