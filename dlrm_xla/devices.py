@@ -5,6 +5,7 @@ A new backend is one new function here and one line in `_OPENERS`.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import logging
@@ -23,6 +24,8 @@ from dlrm_xla.ids import divide_ids
 Step = Callable[..., Any]
 # Bytes of an array that are on the host at a time while it is read.
 _PART_BYTES = 2**26
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _HOST_GENERATOR = {"host": (torch.get_rng_state, torch.set_rng_state)}
 
 
@@ -260,7 +263,9 @@ def _xla() -> Device:
         rounds_matmul=True,
     )
     rows, memory = tpu, 0.0
+    compile: Callable[[Step, str], Step] = RecordedStep
     if kind == "CPU":
+        compile = _in_memory_kept(RecordedStep)
         rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False)
         memory = machine_memory()
     else:
@@ -270,7 +275,7 @@ def _xla() -> Device:
         device,
         f"XLA on {kind}",
         place,
-        RecordedStep,
+        compile,
         synchronize,
         counters,
         rows,
@@ -281,6 +286,24 @@ def _xla() -> Device:
         loud,
         capturable=True,
     )
+
+
+def _in_memory_kept(compile: Callable[[Step, str], Step]) -> Callable[[Step, str], Step]:
+    """From the first step on, the C library keeps freed memory for the next one.
+
+    XLA's CPU backend asks for a step's temporary memory anew each time, and the system hands it out in cleared pages:
+    8,923 page faults, 22 of 133 ms of processor time a step of the kaggle preset. Not before, for tables that have
+    moved into a stack should leave memory.
+    """
+
+    def compiled(step: Step, name: str) -> Step:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # glibc
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        return compile(step, name)
+
+    return compiled
 
 
 def _xla_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:

@@ -20,15 +20,25 @@ from dlrm_xla.rows import BagCollection
 InteractionName = Literal["dot", "cat", "dcn"]
 
 
-def mlp(widths: Sequence[int], *, relu_last: bool) -> nn.Sequential:
-    """Linear layers with ReLU between them, initialised as the reference does.
+class PaddedLinear(nn.Linear):
+    """A linear layer whose input may come with more columns than it has weights; they count for nothing."""
+
+    def forward(self, x_BN: Tensor) -> Tensor:
+        """[B, in_features and more] -> [B, out_features]."""
+        return nn.functional.linear(
+            x_BN, nn.functional.pad(self.weight, (0, x_BN.shape[1] - self.in_features)), self.bias
+        )
+
+
+def mlp(widths: Sequence[int], *, relu_last: bool, first: type[nn.Linear] = nn.Linear) -> nn.Sequential:
+    """Linear layers with ReLU between them, initialised as the reference does; ``first`` is the type of the first.
 
     Weights [m, n] start normal(0, sqrt(2 / (m + n))), biases normal(0, sqrt(1 / m)), m outputs and n inputs
     (facebookresearch/dlrm, ``create_mlp``).
     """
     layers: list[nn.Module] = []
     for position, (n, m) in enumerate(itertools.pairwise(widths)):
-        linear = nn.Linear(n, m)
+        linear = (nn.Linear if position else first)(n, m)
         nn.init.normal_(linear.weight, std=math.sqrt(2 / (m + n)))
         nn.init.normal_(linear.bias, std=math.sqrt(1 / m))
         layers.append(linear)
@@ -40,7 +50,8 @@ def mlp(widths: Sequence[int], *, relu_last: bool) -> nn.Sequential:
 class DotInteraction(nn.Module):
     """Dense vector followed by the dot products of all pairs of vectors: [B, D], [B, F, D] -> [B, D + F(F+1)/2].
 
-    Pairs (i, j), j < i, row by row, without a vector's product with itself, the dense vector first.
+    Pairs (i, j), j < i, row by row, without a vector's product with itself, the dense vector first. Zeros follow up to
+    a multiple of 16 columns: a CPU multiplies 2048 x 368 by 368 x 512 and back in 26.5 ms, 2048 x 367 in 33.6.
     """
 
     pairs: Tensor
@@ -62,7 +73,8 @@ class DotInteraction(nn.Module):
     def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
         vectors_BFD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
         pairs_BP: Tensor = _PairProducts.apply(vectors_BFD, self.pairs, self.places)  # type: ignore[no-untyped-call]
-        return torch.cat([dense_BD, pairs_BP], dim=1)
+        zeros_BZ = pairs_BP.new_zeros(len(pairs_BP), -self.out_width % 16)
+        return torch.cat([dense_BD, pairs_BP, zeros_BZ], dim=1)
 
 
 class _PairProducts(torch.autograd.Function):
@@ -163,7 +175,7 @@ class DLRM(nn.Module):
                 self.interaction = CatInteraction(len(tables), dim)
             else:
                 self.interaction = LowRankCross(len(tables), dim, cross_layers, cross_rank)
-            self.top = mlp([self.interaction.out_width, *top, 1], relu_last=False)
+            self.top = mlp([self.interaction.out_width, *top, 1], relu_last=False, first=PaddedLinear)
             bags = []
             for position, (table, make_bag) in enumerate(zip(tables, make_bags, strict=True)):
                 torch.manual_seed(1_000_003 * (seed + 1) + position)

@@ -24,8 +24,10 @@ from dlrm_xla.tensor_file import Section
 
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
-# Rows of a stack from which on FBGEMM is taken where it is installed: with 53,248 ids in 1M rows of 16 on two cores it
-# updates in 4.1 against 6.7 ms (Adagrad), 4.2 against 5.1 (SGD). Below, importing it takes longer than it saves.
+# Rows of a stack from which on FBGEMM is taken where it is installed and the processor has AVX-512, which its kernels
+# are written for: with 53,248 ids in 1M rows of 16 on two cores of an Intel Xeon it updates in 4.1 against 6.7 ms
+# (Adagrad), 4.2 against 5.1 (SGD); on two of an AMD EPYC without AVX-512 in 5.7 against 4.3 and 3.6 against 3.5.
+# Below, importing it takes longer than it saves.
 FBGEMM_ROWS = 1_000_000
 
 
@@ -193,7 +195,8 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
         if kernels == "fbgemm":
             raise UserError("row_kernels: fbgemm is not installed. pip install -e '.[distributed]', or take auto")
         return False
-    if kernels == "auto" and stack.num_rows < FBGEMM_ROWS:
+    pays = stack.num_rows >= FBGEMM_ROWS and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if kernels == "auto" and not pays:
         return False
     plain = stack.placement == "sparse" and not stack.file_backed and settings.state == "fp32"
     return plain and FbgemmRows.takes(stack.rows, settings.name, settings.weight_decay)

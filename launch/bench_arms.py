@@ -95,9 +95,9 @@ def _zipf(rng: np.random.Generator, rows: int, exponent: float, shape: tuple[int
     return np.minimum(ids, rows - 1).astype(np.int32)
 
 
-def _config(case: Case, kernels: RowKernels = "auto") -> Config:
+def _config(case: Case, kernels: RowKernels = "auto", **more: Any) -> Config:
     given = {"row_optimizer": case.optimizer, "batch_size": case.batch, "dim": case.dim, "row_kernels": kernels}
-    return resolve({"preset": "kaggle", **given}, None)[0]
+    return resolve({"preset": "kaggle", **given, **more}, None)[0]
 
 
 def _packed(case: Case) -> list[PackedBatch]:
@@ -128,13 +128,20 @@ def ours(case: Case, placement: Placement, kernels: RowKernels = "auto") -> Repe
     return _one_table(case, device.place(model), model.bag, store.step)
 
 
-def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto") -> Repetition:
-    steps, batches = _steps(case, make_bags, kernels)
+def placed(case: Case, matmul_rows: int, dense_rows: int) -> Repetition:
+    """The train step with tables of up to so many rows placed as matmul, the next as dense, the others as sparse."""
+    return _dlrm_step(case, [RowTable] * len(case.table_rows), matmul_rows=matmul_rows, dense_rows=dense_rows)
+
+
+def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: int) -> Repetition:
+    steps, batches = _steps(case, make_bags, kernels, **settings)
     return lambda k: steps.train(batches[k % NUM_BATCHES], k)
 
 
-def _steps(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto") -> tuple[Steps, list[PackedBatch]]:
-    config = _config(case, kernels)
+def _steps(
+    case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: int
+) -> tuple[Steps, list[PackedBatch]]:
+    config = _config(case, kernels, **settings)
     model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)
     return Steps(model, [case.bag] * len(case.table_rows), case.device, config), _packed(case)
 
