@@ -1,7 +1,15 @@
 """The storage model, the chips and the lower bound: by hand, and against facts of libtpu's compiler."""
 
+import functools
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT, needs_xla
 
 from dlrm_xla import tpu
 from dlrm_xla.errors import UserError
@@ -54,3 +62,113 @@ def test_lower_bound_by_hand():
     adagrad = tpu.Touched(10, 200, row_states=1)
     assert adagrad.step_bytes == 10 * (3 * 1024 + 2 * 512)
     assert tpu.Touched(10, 200, states=2).step_bytes == 10 * 7 * 1024
+
+
+def test_storage_equals_the_compilers_facts():
+    """Argument bytes that libtpu gave for v5e and the tables of the presets: docs/tpu.json, by launch/tpu_theory.py."""
+    facts = json.loads((ROOT / "docs" / "tpu.json").read_text())["storage"]["facts"]
+    assert len(facts) > 500
+    for shape, dtype, bytes in facts:
+        assert tpu.storage_bytes(shape, getattr(torch, dtype)) == bytes, (shape, dtype)
+
+
+def test_lookups_and_updates_by_hand():
+    v5e, v4 = tpu.find_chip("v5e"), tpu.find_chip("v4")
+    assert tpu.lookup_seconds(v5e, 1000, 16) == pytest.approx(1000 * 5.3 / 1.5e9)  # bound by issuing copies
+    assert tpu.lookup_seconds(v4, 1000, 128) == pytest.approx(1000 * 4.3 / 2 / 1.05e9)  # by two cores
+    assert tpu.update_seconds(v5e, 10, (10**6, 128), is_sorted=True) == pytest.approx(2 * 512e6 / 819e9)
+    assert tpu.update_seconds(v5e, 10, (10**6, 128), is_sorted=False) == pytest.approx(10 * 65 / 1.5e9)
+
+
+def test_bundles_are_counted_as_often_as_their_loops_turn(tmp_path, monkeypatch):
+    pytest.importorskip("jax")
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from tpu_programs import read_kernel
+
+    path = tmp_path / "17-gather_fusion-71-final_bundles.txt"
+    path.write_text(
+        """
+     0   :  { %3 = vsyncpa [#a], 0 }
+   0x1 LB: > { %s1 = sphi %s0, %s2 } /* Start region 5 */
+   0x2   : > { %4 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s7, /*size_in_granules=*/16, /*vmem=*/%s8 /*
+strides: (1, 1, 1) */ }
+   0x3   : > { %9 = shalt.err (!%p1) /* BoundsCheck for %4 = dma.hbm_to_vmem /*size_in_granules=*/16 */ }
+   0x4   : > { %p8 = scmp.ge.s32.totalorder %s11, 417 /* loop exit test */ }
+   0x5   :  { %10 = sbr.rel (!%p8) target = $region5 }
+   0x6   :  {} /* End region 4 */
+"""
+    )
+    kernel = read_kernel(path, tpu.find_chip("v5e"))
+    assert kernel.name == "gather_fusion"
+    assert kernel.loops == [(5, 417)]
+    assert kernel.issued == 2 + 5 * 417
+    assert kernel.copies == {"hbm_to_vmem": 417}
+    assert kernel.copied_bytes == {"hbm_to_vmem": 417 * 512}
+
+
+def test_the_kernel_updates_the_lines_counted_and_no_other():
+    jax = pytest.importorskip("jax")
+    from dlrm_xla.xla_kernels import update_lines
+
+    update = jax.jit(functools.partial(update_lines, block=32, interpret=True))
+    rng = np.random.default_rng(0)
+    array, values = (rng.standard_normal((n, 128)).astype(np.float32) for n in (300, 96))
+    for count in (0, 1, 31, 32, 70, 96):
+        ids = np.full(96, 10**6, np.int32)  # past the end, as where duplicates were combined
+        ids[:count] = np.sort(rng.permutation(300)[:count])
+        expected = array.copy()
+        expected[ids[:count]] += values[:count]
+        np.testing.assert_array_equal(update(array, np.array([count], np.int32), ids, values), expected)
+
+
+@needs_xla
+def test_torch_xla_calls_the_kernel_in_place():
+    pytest.importorskip("jax")
+    import torch_xla.core.xla_builder as builder
+    import torch_xla.core.xla_model as xm
+
+    from dlrm_xla.xla_kernels import call_update_lines
+
+    shapes = [((4096, 128), torch.float32), ((1,), torch.int32), ((512,), torch.int32), ((512, 128), torch.float32)]
+    text = xm.get_stablehlo([call_update_lines(*(builder.create_placeholder_tensor(*shape) for shape in shapes))])
+    assert "@tpu_custom_call" in text
+    assert "output_operand_alias<output_tuple_indices = [], operand_index = 3" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_the_compiler_agrees(chip, tmp_path):
+    """Compiled now: the grid and tables of the presets to the byte, and what the kernel moves against XLA's scatter."""
+    pytest.importorskip("libtpu")
+    script = f"""
+    import json, sys
+    sys.path.insert(0, {str(ROOT / "launch")!r})
+    import jax.numpy as jnp, tpu_programs, tpu_theory
+    from dlrm_xla.tpu import CHIPS, storage_bytes
+    from dlrm_xla.xla_kernels import update_lines
+    chip = CHIPS[{chip!r}]
+    tpu_programs.read_kernels()
+    wrong = 0
+    for name, dtype in tpu_theory.TYPES.items():
+        shapes = tpu_theory.grid_shapes()[::7]
+        if name != "int32":
+            shapes += [s for s in tpu_theory.preset_shapes() if storage_bytes(s, dtype) < 2**30]
+        for start in range(0, len(shapes), 40):
+            part = [s for s in shapes[start : start + 40]]
+            program = tpu_programs.compile_for(chip, lambda *a: a[0], [(s, jnp.dtype(name)) for s in part])
+            wrong += program.argument_bytes != sum(storage_bytes(s, dtype) for s in part)
+    ids, table, values = ((1024,), jnp.int32), ((10**6, 128), jnp.float32), ((1024, 128), jnp.float32)
+    program = tpu_programs.compile_for(chip, update_lines, [table, ((1,), jnp.int32), ids, values], [0])
+    kernel = program.kernel("update_lines")
+    scatter = tpu_programs.compile_for(chip, lambda t, i, v: t.at[i].add(v, mode="drop"), [table, ids, values], [0])
+    theirs = next(k for k in scatter.kernels if "scatter" in k.name)
+    print(json.dumps([wrong, program.temporary_bytes, kernel.issued, theirs.issued,
+        sum(kernel.copied_bytes.values()), sum(theirs.copied_bytes.values())]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    wrong, temporary, ours, theirs, our_bytes, their_bytes = json.loads(done.stdout.splitlines()[-1])
+    assert wrong == 0
+    assert temporary == 0
+    assert ours < theirs / 3
+    assert our_bytes < their_bytes / 3
