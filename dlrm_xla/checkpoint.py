@@ -6,7 +6,7 @@
     run.NAME                          whatever else the run needs, such as random states
     metadata                          format, checksum, and a JSON object ``about``
 
-So a checkpoint loads on another device and with another placement. Never a pickle.
+So a checkpoint loads on another device, with another placement and on another number of ranks. Never a pickle.
 """
 
 from __future__ import annotations
@@ -14,23 +14,36 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_xla.errors import UserError
-from dlrm_xla.row_store import RowStore
-from dlrm_xla.tensor_file import Section, TensorFile, opened, write
+from dlrm_xla.tensor_file import TensorFile, opened
 
 FORMAT = "dlrm_xla checkpoint 2"
+
+
+class Rows(Protocol):
+    """Whoever has a model's exact tables: `RowStore`, or `TorchrecRows` on several ranks."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names that the model's ``state_dict()`` had for them."""
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        """Writes tables, the rows' optimizer and ``tensors`` into one checkpoint, whole or not at all."""
+
+    def load_from(self, file: TensorFile, optimizer: bool) -> None:
+        """Sets the rows, and where asked the optimizer's state, from a checkpoint."""
 
 
 def save(
     path: Path,
     model: nn.Module,
     dense: torch.optim.Optimizer,
-    rows: RowStore,
+    rows: Rows,
     about: Mapping[str, Any],
     run: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -41,10 +54,9 @@ def save(
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"dense_optimizer.{name}": tensor for name, tensor in _optimizer_tensors(model, dense)}
     tensors |= {f"run.{name}": tensor for name, tensor in (run or {}).items()}
-    sections = [Section([(name, t.shape)], t.dtype, [t.detach().to("cpu")]) for name, t in tensors.items()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, [*rows.sections(), *sections], {"format": FORMAT, "about": json.dumps(dict(about))})
+        rows.write(path, tensors, {"format": FORMAT, "about": json.dumps(dict(about))})
     except OSError as error:
         raise UserError(
             f"cannot write the checkpoint {path}: {error.strerror or error}. Free space there or choose another "
@@ -58,28 +70,27 @@ def read_about(path: Path) -> dict[str, Any]:
         return _about(file)
 
 
-def load_model(path: Path, model: nn.Module, rows: RowStore | None = None) -> dict[str, Any]:
+def load_model(path: Path, model: nn.Module, rows: Rows | None = None) -> dict[str, Any]:
     """Loads the model's part of a checkpoint, strictly, and returns what was saved about it.
 
     ``rows`` is the store that took the model's exact tables, if one did.
     """
     with opened(path) as file:
         about = _about(file)
-        _load_model(file, model, rows)
+        _load_model(file, model, rows, optimizer=False)
     return about
 
 
 def load_training(
-    path: Path, model: nn.Module, dense: torch.optim.Optimizer, rows: RowStore
+    path: Path, model: nn.Module, dense: torch.optim.Optimizer, rows: Rows
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Loads everything in place; returns what was saved about it and the run's own tensors."""
     with opened(path) as file:
         about = _about(file)
-        _load_model(file, model, rows)
+        _load_model(file, model, rows, optimizer=True)
         with torch.no_grad():
             for name, tensor in _optimizer_tensors(model, dense):
                 tensor.copy_(_of_shape(file, f"dense_optimizer.{name}", tensor))
-        rows.load_optimizer(file.tensor)
         run = {n.removeprefix("run."): file.tensor(n) for n in file.names if n.startswith("run.")}
     return about, run
 
@@ -91,7 +102,7 @@ def _about(file: TensorFile) -> dict[str, Any]:
     return about
 
 
-def _load_model(file: TensorFile, model: nn.Module, rows: RowStore | None) -> None:
+def _load_model(file: TensorFile, model: nn.Module, rows: Rows | None, optimizer: bool) -> None:
     state = model.state_dict()
     names = {*state, *(rows.names if rows else ())}
     saved = {n.removeprefix("model.") for n in file.names if n.startswith("model.")}
@@ -103,7 +114,7 @@ def _load_model(file: TensorFile, model: nn.Module, rows: RowStore | None) -> No
         )
     loaded = {name: _of_shape(file, f"model.{name}", tensor) for name, tensor in state.items()}
     if rows is not None:
-        rows.load_tables(lambda name: file.tensor(f"model.{name}"))
+        rows.load_from(file, optimizer)
     model.load_state_dict(loaded)
 
 

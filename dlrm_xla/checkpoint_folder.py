@@ -15,11 +15,15 @@ SUFFIX = ".safetensors"
 
 
 class CheckpointFolder:
-    """Keeps the last ``keep`` checkpoints of a run; ``best`` stays when its step is forgotten."""
+    """Keeps the last ``keep`` checkpoints of a run; ``best`` stays when its step is forgotten.
 
-    def __init__(self, path: Path, keep: int) -> None:
+    A checkpoint is a file, or a folder where several ranks wrote it; one of them is the ``owner`` and keeps order.
+    """
+
+    def __init__(self, path: Path, keep: int, owner: bool = True) -> None:
         self.path = path
         self.keep = keep
+        self.owner = owner
 
     def named(self, name: str) -> Path:
         """Where the checkpoint "last" or "best" lies."""
@@ -34,12 +38,16 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step-{step:010d}{SUFFIX}"
         write(path)
+        if not self.owner:
+            return
         # Before "last": whoever is killed here is resumed from this step, and finds its best.
         if best:
             self._name(path, "best")
         self._name(path, "last")
+        kept = self.named("best").resolve()
         for old in self.by_step()[self.keep :]:
-            old.unlink(missing_ok=True)
+            if old.resolve() != kept:
+                _remove(old)
 
     def repeat_best(self, path: Path) -> None:
         """Names a checkpoint the best again, in case the run was killed before it did."""
@@ -51,7 +59,7 @@ class CheckpointFolder:
         Says which ones are damaged; a UserError where all are.
         """
         for left_over in self.path.glob("*.unfinished"):
-            left_over.unlink(missing_ok=True)
+            _remove(left_over)
         damaged = []
         for path in dict.fromkeys([*self.by_step(), self.named("last")]):
             if not path.exists():
@@ -69,8 +77,18 @@ class CheckpointFolder:
         scratch = self.path / f"{name}.unfinished"
         scratch.unlink(missing_ok=True)
         try:
-            os.link(path, scratch)
+            if path.is_dir():
+                scratch.symlink_to(path.name)
+            else:
+                os.link(path, scratch)
         except OSError:  # a file system without links
             shutil.copyfile(path, scratch)
         os.replace(scratch, self.named(name))
         scratch.unlink(missing_ok=True)  # a rename of one file onto itself does nothing
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from dlrm_xla.registry import type_name
 RowKernels = Literal["auto", "own", "fbgemm"]
 RowOptimizerName = Literal["sgd", "adagrad", "adagrad_element", "adam"]
 PLACEMENTS = ("matmul", "dense", "sparse")
+SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel")
 DenseOptimizerName = Literal["sgd", "adagrad", "adam"]
 
 
@@ -90,6 +91,12 @@ class Config:
     )
     row_files: str = _setting("", "folder for tables larger than memory, mapped from there; cpu only", flag=False)
     placement: dict[str, str] = _setting({}, "matmul, dense or sparse for single tables by name", flag=False)
+    sharding: dict[str, str] = _setting(
+        {}, "how several ranks share single tables, by name: " + ", ".join(SHARDINGS) + "; none: planned", flag=False
+    )
+    rank_patience: float = _setting(
+        40.0, "seconds without a sign of a rank after which all others stop, naming it", flag=False
+    )
     matmul_rows: int = _setting(-1, "tables up to this are placed as matmul; -1: the device's own", flag=False)
     dense_rows: int = _setting(-1, "tables up to this are placed as dense; -1: the device's own", flag=False)
     micro_batches: int = _setting(1, "parts of a batch whose gradients are accumulated", flag=False)
@@ -154,7 +161,7 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be at least {least}")
     if not 0 <= config.plugin_lr < float("inf"):
         raise UserError(f"plugin_lr is {config.plugin_lr} ({origins['plugin_lr']}), but must not be negative")
-    for name in ("dense_lr", "row_lr", "save_minutes"):
+    for name in ("dense_lr", "row_lr", "save_minutes", "rank_patience"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
     if not config.plugin.strip():

@@ -14,13 +14,14 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Steps done, samples per second and time left; figures such as the loss behind them."""
 
-    def __init__(self, num_steps: int, samples_per_step: int) -> None:
+    def __init__(self, num_steps: int, samples_per_step: int, shown: bool = True) -> None:
         self.num_steps = num_steps
         self.samples_per_step = samples_per_step
         self.done = self.before = 0
         self.figures = ""
         self.began = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty()
+        self.shown = shown
+        terminal = shown and sys.stderr.isatty()
         self.bar = (
             tqdm(total=num_steps * samples_per_step, unit="sample", unit_scale=True, dynamic_ncols=True)
             if terminal
@@ -35,7 +36,7 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.done:
+        elif self.done and self.shown:
             self._line()
 
     def skip(self, steps: int) -> None:
@@ -50,7 +51,7 @@ class Progress:
         self.done += 1
         if self.bar is not None:
             self.bar.update(self.samples_per_step)
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+        elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
     def show(self, **figures: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.row_optim import DTYPES, RowSettings, StackOptimizer
 from dlrm_xla.rows import BagCollection, Placement, RowFiles, RowStack, RowTable
-from dlrm_xla.tensor_file import Section
+from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
@@ -71,6 +71,10 @@ class RowStore:
                 stack.fbgemm = FbgemmRows(stack.rows, optimizer.states(), settings.name, settings.eps)
         self._finite = FiniteWatch("table", len(members), device)
 
+    def runner(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The model as it is run."""
+        return model
+
     @torch.no_grad()
     def step(self) -> None:
         """Applies and forgets the gradients of all lookups since the last step."""
@@ -107,6 +111,11 @@ class RowStore:
         """The names of ``tables()``."""
         return list(itertools.chain.from_iterable(self._names))
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all rows."""
+        return sum(stack.num_rows * stack.dim for stack in self.stacks)
+
     def arrays(self) -> list[Tensor]:
         """Every array that the store keeps on the device: rows and the optimizer's state."""
         pairs = zip(self.stacks, self.optimizers, strict=True)
@@ -130,6 +139,17 @@ class RowStore:
         for part in self.device.host_parts(array):
             yield part.flatten()[:left]
             left -= part.numel()
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        """Writes tables, the rows' optimizer and ``tensors`` as one file; tables go part by part."""
+        others = [Section([(name, t.shape)], t.dtype, [t.detach().to("cpu")]) for name, t in tensors.items()]
+        write(path, [*self.sections(), *others], about)
+
+    def load_from(self, file: TensorFile, optimizer: bool) -> None:
+        """Sets the rows, and where asked the optimizer's state, from a checkpoint."""
+        self.load_tables(lambda name: file.tensor(f"model.{name}"))
+        if optimizer:
+            self.load_optimizer(file.tensor)
 
     def load_tables(self, read: Callable[[str], Tensor]) -> None:
         """Sets the rows; ``read(name)`` gives each table's, under the names of ``tables()``."""

@@ -50,9 +50,8 @@ class RowTable(nn.Module):
         weight = (
             files.create(table.name, shape, dtype) if files and self.file_backed else torch.empty(shape, dtype=dtype)
         )
-        bound = math.sqrt(3) * table.start_std
-        for part in torch.split(weight, _INITIAL_ROWS):
-            part.copy_(torch.empty(part.shape).uniform_(-bound, bound))
+        for part, values in zip(torch.split(weight, _INITIAL_ROWS), initial_rows(table), strict=True):
+            part.copy_(values)
         self.weight = nn.Parameter(weight)
         self.home: Home | None = None
 
@@ -72,6 +71,13 @@ class RowTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.table.num_rows} x {self.table.dim}"
+
+
+def initial_rows(table: Table) -> Iterator[Tensor]:
+    """What a table starts with, in parts, drawn from torch's generator."""
+    bound = math.sqrt(3) * table.start_std
+    for first in range(0, table.num_rows, _INITIAL_ROWS):
+        yield torch.empty(min(_INITIAL_ROWS, table.num_rows - first), table.dim).uniform_(-bound, bound)
 
 
 class RowFiles:

@@ -133,6 +133,28 @@ class RunFolder:
         self._events.close()
 
 
+class NoRunFolder:
+    """What the other ranks of a job have instead: they write their parts of checkpoints, and nothing else."""
+
+    metrics_bytes = 0
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints, owner=False)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def plot(self, title: str, base_rate_log_loss: float, best_reachable_auc: float | None) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def check_out(out: str) -> None:
     """Raises a UserError where a run may not write: a folder that holds files, or a file."""
     path = Path(out)

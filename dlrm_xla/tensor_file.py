@@ -138,6 +138,12 @@ class TensorFile:
 @contextmanager
 def opened(path: Path) -> Iterator[TensorFile]:
     """Opens a file after reading it once to compare its checksum; a UserError where one byte is not as written."""
+    if path.is_dir():  # of several ranks
+        from dlrm_xla.sharded_file import opened_shards
+
+        with opened_shards(path) as folder:
+            yield folder
+        return
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -29,9 +29,12 @@ from dlrm_xla.guards import FiniteWatch, doubts
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.progress import Progress
+from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_optim import RowSettings
 from dlrm_xla.row_store import RowStore, placement_rule
 from dlrm_xla.rows import RowFiles
+from dlrm_xla.torchrec_plan import Shards
+from dlrm_xla.torchrec_rows import TorchrecRows
 
 
 def learning_rate_factor(config: Config, step: int) -> float:
@@ -63,16 +66,25 @@ class Steps:
         device: Device,
         config: Config,
         files: RowFiles | None = None,
+        ranks: Ranks = ALONE,
+        shards: Shards | None = None,
     ) -> None:
         self.device = device
+        self.ranks = ranks
         self.config = config
         self.bag_lengths = list(bag_lengths)
-        place = placement_rule(config, device.rows)
-        self.rows = RowStore(model, device, row_settings(config), config.row_lr, place, files, config.row_kernels)
+        settings = row_settings(config)
+        self.rows: RowStore | TorchrecRows
+        if shards:
+            self.rows = TorchrecRows(model, device, settings, config.row_lr, shards, bag_lengths, ranks)
+        else:
+            place = placement_rule(config, device.rows)
+            self.rows = RowStore(model, device, settings, config.row_lr, place, files, config.row_kernels)
         self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
         self._names_F = [t.name for t in model.tables]
         own = {name for name, _ in model.bags.named_parameters(prefix="bags")}
         self.model = device.place(model)
+        self._run = self.rows.runner(model)
         # Cores and codebooks start small and must grow to the size of trained rows: their rate is one of their own.
         groups = [
             ([p for n, p in self.model.named_parameters() if n not in own], config.dense_lr),
@@ -122,6 +134,9 @@ class Steps:
         """Lets each plugin that has a ``refresh`` rearrange its table, on the host, between two steps."""
         for bag in self._refreshed:
             bag.refresh()
+            assert isinstance(bag, torch.nn.Module)
+            for tensor in bag.state_dict().values():
+                self.ranks.copy_first(tensor)  # hosts may round differently
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes a checkpoint of everything that the next step depends on."""
@@ -151,7 +166,7 @@ class Steps:
 
     def mean_loss(self) -> float:
         """Mean loss of the samples since the last call; waits for the device."""
-        loss, count = self.loss_and_count.cpu().tolist()
+        loss, count = self.ranks.add(self.loss_and_count.cpu().clone()).tolist()
         with torch.no_grad():
             self.loss_and_count.copy_(self._zeros())
         return float(loss / count) if count else math.nan
@@ -163,7 +178,7 @@ class Steps:
         batch = unpack(packed, self.bag_lengths)
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.torch_device.type, torch.bfloat16, enabled=bf16):
-            logits_B: Tensor = self.model(batch.dense_BI, batch.ids, batch.weights)
+            logits_B: Tensor = self._run(batch.dense_BI, batch.ids, batch.weights)
         return logits_B.float()
 
     def _train_step(self, packed: PackedBatch, rate: float) -> None:
@@ -172,13 +187,15 @@ class Steps:
         self.rows.learning_rate = self.config.row_lr * rate
         self.model.train()
         count = (packed.labels_B >= 0).float().sum()
+        # Gradients are averaged over the ranks, whatever share of the batch's samples each has.
+        mean_count = self.ranks.mean(count)
         totals = []
         for part in packed.split(self.config.micro_batches):
             labels_B = part.labels_B
             losses_B = binary_cross_entropy_with_logits(self._logits(part), labels_B.clamp(min=0), reduction="none")
             total = (losses_B * (labels_B >= 0).float()).sum()
             # Gradients of the parts add up, those of table rows too: a step is one step of the whole batch.
-            torch.autograd.backward(total / count)
+            torch.autograd.backward(total / mean_count)
             totals.append(total.detach())
         with torch.no_grad():
             sums = {name: p.grad.sum() for name, p in self._trained if p.grad is not None}
@@ -281,7 +298,7 @@ def predict(steps: Steps, source: Source, split: str, watch: GraphWatch) -> NDAr
         logits.append(steps.evaluate(packed))
         watch.after(phase("evaluation", packed), number)
     # One transfer per batch: a concatenation on the device would be one more graph.
-    return np.concatenate([b.cpu().numpy() for b in logits])[: len(source.labels(split))]
+    return steps.ranks.joined([b.cpu().numpy() for b in logits])[: len(source.labels(split))]
 
 
 @dataclass(frozen=True)
@@ -339,7 +356,8 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
         watch.after("checkpoint", outcome.steps, len(steps.rows.arrays()))
         saved_at = time.monotonic()
 
-    with stop_signals() as asked_to_stop, Progress(per_epoch * config.epochs, config.batch_size) as progress:
+    shown = steps.ranks.first
+    with stop_signals() as asked_to_stop, Progress(per_epoch * config.epochs, config.batch_size, shown) as progress:
         epoch, number = divmod(outcome.steps, per_epoch)
         progress.skip(outcome.steps)
         outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
@@ -354,19 +372,22 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
                 steps.train(packed, outcome.steps)
                 number += 1
                 outcome.steps += 1
-                outcome.samples += int((packed.labels_B >= 0).sum())
+                due = int(
+                    outcome.steps % config.save_every == 0
+                    if config.save_every
+                    else time.monotonic() - saved_at >= config.save_minutes * 60
+                )
+                # Ranks must stop and save after the same step, whichever of them was asked to.
+                count, stop, due = steps.ranks.total(int((packed.labels_B >= 0).sum()), asked_to_stop(), due)
+                outcome.samples += count
                 outcome.epochs = epoch + number / per_epoch
                 window_steps += 1
                 watch.after(phase("train", packed), outcome.steps)
                 progress.advance()
-                stop, validate, best = asked_to_stop(), number in validations, False
+                validate, best = number in validations, False
                 if outcome.steps == 1 or outcome.steps % config.log_every == 0 or validate:
                     loss = loss_so_far()
                     progress.show(loss=loss)
-                if config.save_every:
-                    due = outcome.steps % config.save_every == 0
-                else:
-                    due = time.monotonic() - saved_at >= config.save_minutes * 60
                 if validate or due or stop:
                     steps.device.synchronize()
                 pause = time.perf_counter()

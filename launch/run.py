@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import several_ranks
 import torch
 import use_checkpoint
 from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_in_training
@@ -34,7 +36,7 @@ from dlrm_xla_data.prepared import SPLITS, PreparedDataset, open_prepared
 from dlrm_xla_data.synthetic import synthesize
 from torch import nn
 
-from dlrm_xla import checkpoint, guards, listing, registry, serving
+from dlrm_xla import checkpoint, guards, listing, registry, serving, torchrec_plan
 from dlrm_xla import plan as planning
 from dlrm_xla.checkpoint_folder import CheckpointFolder
 from dlrm_xla.config import Config, resolve
@@ -44,10 +46,12 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.presets import PRESETS
+from dlrm_xla.ranks import ALONE, Ranks, open_ranks
 from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowFiles
-from dlrm_xla.run_folder import RunFolder, check_out, commit, versions
+from dlrm_xla.run_folder import NoRunFolder, RunFolder, check_out, commit, versions
 from dlrm_xla.sizing import Budget, sized_layer
+from dlrm_xla.torchrec_rows import LateRows
 from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, predict, train
 
 INTERRUPTED = 130
@@ -151,11 +155,13 @@ class Plan(NamedTuple):
         return f"{kept:,} bytes to serve, 1/{self.whole / kept:,.1f} of exact tables over all ids seen in training"
 
 
-def make_plan(config: Config, device: Device, access: RowAccess, dataset: PreparedDataset | None) -> Plan:
+def make_plan(
+    config: Config, device: Device, access: RowAccess, dataset: PreparedDataset | None, ranks: Ranks = ALONE
+) -> Plan:
     """Plans the tables of a dataset, or without one those of nominal size, for a device's way to lay rows out."""
     tables = make_tables(config, dataset)
     lengths = list(dataset.bag_lengths if dataset else config.synthetic_bags) or [1] * len(tables)
-    innermost, files = row_builder(config, device)
+    innermost, files = row_builder(config, device) if ranks.size == 1 else (LateRows, None)
     place = placement_rule(config, access)
 
     def trained(bag: nn.Module, table: Table) -> int:
@@ -213,33 +219,39 @@ def warn(line: str) -> None:
     print(f"*** {line}", file=sys.stderr)
 
 
-def run(config: Config, origins: dict[str, str], resumed: Path | None = None) -> int:
+def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ranks: Ranks = ALONE) -> int:
     """Trains, evaluates, writes the run folder, prints the results; returns the exit code.
 
-    ``resumed`` is the folder of a run to go on with.
+    ``resumed`` is the folder of a run to go on with, ``ranks`` are those of the job that this process is of.
     """
     start: tuple[Path, dict[str, Any]] | None = None
+    several_ranks.check_settings(config, ranks)
+    resumed = several_ranks.folder_to_go_on_in(config, resumed, ranks)
     if resumed:
-        start = find_start(config, resumed)
+        folder_to_go_on_in = resumed
+        start = ranks.from_first(lambda: find_start(config, folder_to_go_on_in))
     elif config.out:
-        check_out(config.out)
+        ranks.from_first(lambda: check_out(config.out))
     torch.manual_seed(config.seed)
     device = open_device(config.device)
     print(f"device: {device.description}")
     if device.loud:
         print(f"*** {device.loud}")
-    if not config.data:  # refused now rather than after minutes of drawing rows
+    if not config.data and ranks.size == 1:  # refused now rather than after minutes of drawing rows
         check_memory(make_plan(config, device, device.rows, None))
-    dataset, best_auc = open_data(config)
+    dataset, best_auc = ranks.in_turn(lambda: open_data(config)) if config.data else open_data(config)
     warnings: list[str] = []
 
     def noted(line: str) -> None:
         warnings.append(line)
-        warn(line)
+        if ranks.first:
+            warn(line)
 
     fingerprint = check_data(dataset, start[1] if start else None, noted)
-    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, pinned=config.device == "cuda")
-    plan = make_plan(config, device, device.rows, dataset)
+    several_ranks.check_data(fingerprint, ranks)
+    part, pinned = (ranks.rank, ranks.size), config.device == "cuda"
+    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, part, pinned=pinned)
+    plan = make_plan(config, device, device.rows, dataset, ranks)
     print(planning.text(plan.bags))
     print(plan.ratio())
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
@@ -247,7 +259,14 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
             f"*** {config.plugin} REPLACES NO TABLE: all stay exact, for the reasons above. Lower --min-rows, take "
             "more rows, a larger --ratio or options that keep less; this run says nothing about the plugin."
         )
-    check_memory(plan)
+    shards = None
+    if ranks.size > 1:
+        shards = several_ranks.share_out(
+            config, plan.tables, plan.make_bags, dataset.bag_lengths, device, plan.memory, ranks
+        )
+        print(torchrec_plan.text(shards, ranks.size))
+    else:
+        check_memory(plan)
     model = DLRM(
         dataset.dense.shape[1],
         plan.tables,
@@ -261,10 +280,10 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
     )
     about = start[1] if start else {}
     outcome = Outcome(**about.get("outcome", {}))
-    folder = RunFolder(config, origins, resumed, about.get("metrics_bytes", 0), outcome.samples)
+    folder = open_folder(config, origins, resumed, about, ranks)
     print(f"run folder: {folder.path}")
     try:
-        steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
+        steps = Steps(model, dataset.bag_lengths, device, config, plan.files, ranks, shards)
         if start:
             resume(start[0], about, steps, folder)
             check_best(folder.checkpoints, outcome, noted)
@@ -301,6 +320,21 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None) ->
     return INTERRUPTED if outcome.interrupted else 0
 
 
+def open_folder(
+    config: Config, origins: dict[str, str], resumed: Path | None, about: dict[str, Any], ranks: Ranks
+) -> RunFolder | NoRunFolder:
+    """The run folder; the first rank's is the real one, and the others know where it is."""
+    made: list[RunFolder] = []
+
+    def make() -> Path:
+        samples = about.get("outcome", {}).get("samples", 0)
+        made.append(RunFolder(config, origins, resumed, about.get("metrics_bytes", 0), samples))
+        return made[0].path.absolute()
+
+    path = ranks.from_first(make)
+    return made[0] if made else NoRunFolder(path, config)
+
+
 def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that a run goes on from and what was saved about it; None where it had not saved any.
 
@@ -333,11 +367,11 @@ def check_data(dataset: PreparedDataset, about: dict[str, Any] | None, say: Call
     return fingerprint
 
 
-def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder) -> None:
+def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder | NoRunFolder) -> None:
     """Puts a checkpoint into steps that have done nothing yet."""
     steps.load(path)
     outcome = about["outcome"]
-    if outcome["best_step"] == outcome["steps"]:
+    if outcome["best_step"] == outcome["steps"] and steps.ranks.first:
         folder.checkpoints.repeat_best(path)
     print(f"resumed from {path}, step {outcome['steps']:,}")
 
@@ -368,6 +402,7 @@ def make_report(
     embedding_bytes = sum(p.bytes for p in plan.bags)
     return {
         "device": config.device,
+        "ranks": steps.ranks.size,
         "plugin": config.plugin,
         "ratio_asked": config.ratio or None,
         "tables_with_plugin": sum(p.plugin != registry.EXACT for p in plan.bags),
@@ -388,8 +423,7 @@ def make_report(
         "embedding_bytes": embedding_bytes,
         "exact_embedding_bytes": plan.whole,
         "compression_ratio": plan.whole / embedding_bytes,
-        "num_parameters": sum(p.numel() for p in steps.model.parameters())
-        + sum(stack.num_rows * stack.dim for stack in steps.rows.stacks),
+        "num_parameters": sum(p.numel() for p in steps.model.parameters()) + steps.rows.num_parameters,
         "train_samples_per_second": config.batch_size / outcome.step_ms_median * 1000,
         "step_ms_median": outcome.step_ms_median,
         "compiles": sum(watch.compiles.values()),
@@ -437,6 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # so that a log file has the lines in their order
     given = vars(flags().parse_args(arguments))
+    ranks = ALONE
     file, plan_only, listing = given.pop("config"), given.pop("plan"), given.pop("list_plugins")
     resumed, evaluated, exported, split = (given.pop(k) for k in ("resume", "evaluate", "export", "split"))
     try:
@@ -457,6 +492,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         config, origins = resolve(given, file)
         registry.parse(config.plugin)
+        ranks = open_ranks(config.rank_patience)
+        if not ranks.first:
+            sys.stdout = open(os.devnull, "w")  # one rank is enough to read
         if plan_only:
             device = open_device(config.device)
             dataset = open_data(config)[0] if config.data else None
@@ -466,19 +504,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if dataset:
                 print(plan.ratio())
             return 0
-        return run(config, origins, resumed)
+        code = run(config, origins, resumed, ranks)
+        ranks.leave()
+        return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(ranks.failed(error), file=sys.stderr)
+        return ranks.end(2)
     except BrokenPipeError:  # whoever read our output has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a disk that fills, a folder that vanishes; anything else names itself
-        print(f"error: {error}. Look at the disk and the permissions there, and run again.", file=sys.stderr)
-        return 2
+        error = UserError(f"{error}. Look at the disk and the permissions there, and run again.")
+        print(ranks.failed(error), file=sys.stderr)
+        return ranks.end(2)
     except KeyboardInterrupt:
         print("stopped at once; --resume RUN goes on from its last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        return ranks.end(INTERRUPTED)
+    except Exception as error:  # the others must hear of it, whatever it is
+        if ranks is ALONE:
+            raise
+        traceback.print_exc()
+        print(ranks.failed(error), file=sys.stderr)
+        return ranks.end(1)
 
 
 if __name__ == "__main__":

@@ -95,9 +95,6 @@ def test_fine_tuning_keeps_what_was_compressed_where_training_makes_it_worse(tra
     assert compress.main([str(trained), *arguments, "--row-lr", "50", "--dense-lr", "1"]) == 0
     compressed, tuned = json.loads((out / "compression.json").read_text()), _report(out)
     assert tuned["best_step"] == 0
-    settings, before = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (out, trained.parent.parent))
-    for name in ("evals_per_epoch", "patience"):
-        assert settings[name]["value"] == 5 * before[name]["value"], "what fine-tuning gives back comes early"
     assert tuned["auc"] == pytest.approx(compressed["auc"], abs=1e-6)
     assert "fine-tuned" in capsys.readouterr().out
 

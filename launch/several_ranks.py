@@ -1,0 +1,102 @@
+"""What a run does first where torchrun started several of it: the ranks agree, and share the tables out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlrm_xla_data.fingerprint import data_changed
+
+from dlrm_xla.config import Config
+from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.devices import Device
+from dlrm_xla.errors import UserError, choices
+from dlrm_xla.plan import on_meta
+from dlrm_xla.ranks import Ranks
+from dlrm_xla.rows import RowTable
+from dlrm_xla.torchrec_plan import Shards, make_shards
+from dlrm_xla.train import row_settings
+
+# Where data lies may differ from host to host; what is in it may not.
+_OF_A_HOST = {"data", "data_cache"}
+
+
+def check_settings(config: Config, ranks: Ranks) -> None:
+    """Raises a UserError where settings do not go with several ranks, or are not the same on all of them."""
+    if ranks.size == 1:
+        return
+    for k, other in enumerate(ranks.tell("settings", dataclasses.asdict(config))):
+        mine = dataclasses.asdict(config)
+        if different := [
+            f"{name}: {mine[name]!r} on rank {ranks.rank}, {other[name]!r} on rank {k}"
+            for name in mine
+            if mine[name] != other[name] and name not in _OF_A_HOST
+        ]:
+            raise UserError(f"the ranks were started with other settings. {'; '.join(different)}. Start all alike.")
+    if config.batch_size % ranks.size:
+        good = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        near = sorted(sorted(good, key=lambda n: abs(n - ranks.size))[:3])
+        raise UserError(
+            f"a batch of {config.batch_size} does not split into {ranks.size} equal parts. Take another --batch-size, "
+            f"such as {-(-config.batch_size // ranks.size) * ranks.size}, or as many ranks as divide it: "
+            f"{', '.join(map(str, near))}."
+        )
+    refused = {
+        "device xla: one process has all local devices; start it without torchrun": config.device == "xla",
+        "micro_batches: take more ranks, or a smaller --batch-size": config.micro_batches > 1,
+        "row_precision bf16: its rounding is not TorchRec's": config.row_precision == "bf16",
+        "row_state bf16: its rounding is not TorchRec's": config.row_state == "bf16",
+        "row_weight_decay: TorchRec's is another formula": config.row_weight_decay != 0,
+        "row_files: tables in files belong to one process": bool(config.row_files),
+        "row_optimizer adam: FBGEMM has it on CUDA only; take sgd, adagrad or adagrad_element": (
+            config.row_optimizer == "adam" and config.device == "cpu"
+        ),
+        "placement, matmul_rows, dense_rows: take sharding": bool(config.placement)
+        or max(config.matmul_rows, config.dense_rows) > 0,
+    }
+    if found := [line for line, bad in refused.items() if bad]:
+        raise UserError(f"with several ranks there is no {'; no '.join(found)}.")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.out and ranks.restarts == 0:
+        raise UserError("torchrun --max-restarts needs --out or --resume: a restarted job goes on in that folder")
+
+
+def check_data(fingerprint: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises a UserError where the ranks have other data."""
+    for k, other in enumerate(ranks.tell("data", fingerprint)):
+        if line := data_changed(fingerprint, other):
+            raise UserError(f"rank {ranks.rank} and rank {k} have other data: {line}. Give all ranks the same.")
+
+
+def share_out(
+    config: Config,
+    tables: Sequence[Table],
+    make_bags: Sequence[MakeBag],
+    bag_lengths: Sequence[int],
+    device: Device,
+    memory: float,
+    ranks: Ranks,
+) -> Shards:
+    """The ranks' shares of all exact tables in a model; the first plans for all."""
+
+    def plan() -> Shards:
+        exact, lengths = [], []
+        for table, make, length in zip(tables, make_bags, bag_lengths, strict=True):
+            inside = [m.table for m in on_meta(make, table).modules() if isinstance(m, RowTable)]
+            exact += inside
+            lengths += [length] * len(inside)
+        known = {t.name for t in exact} | {t.name for t in tables}
+        if unknown := set(config.sharding) - known:
+            raise UserError(f"sharding names a table {min(unknown)!r}; {choices(min(unknown), known)}")
+        kind, settings = device.torch_device.type, row_settings(config)
+        return make_shards(exact, lengths, config.batch_size, ranks.size, kind, memory, settings, config.sharding)
+
+    return ranks.from_first(plan)
+
+
+def folder_to_go_on_in(config: Config, resumed: Path | None, ranks: Ranks) -> Path | None:
+    """The run folder that a job restarted by torchrun goes on in, or the one that was asked for."""
+    restarted = ranks.size > 1 and ranks.restarts > 0
+    return Path(config.out) if restarted and config.out and not resumed else resumed

@@ -1,0 +1,240 @@
+"""Several ranks train what one process trains, and end together, whatever happens to one of them."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, criteo_line, launch_script
+from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.synthetic import synthesize
+
+from dlrm_xla import checkpoint
+from dlrm_xla.contract import Table
+from dlrm_xla.errors import UserError
+from dlrm_xla.ranks import TorchrunRanks
+from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.tensor_file import opened
+
+torchrec = pytest.importorskip("torchrec")
+from dlrm_xla.torchrec_plan import make_shards, text  # noqa: E402  after the skip
+
+launcher = launch_script("run")
+RUN = str(ROOT / "launch" / "run.py")
+# Tables for TorchRec's ways to cut, and plugins with tables inside, one of them with weights that are learned.
+SETTINGS = {
+    "synthetic_tables": [30, 2000, 500, 3000, 1500, 800, 900, 70],
+    "synthetic_bags": [1, 1, 3, 1, 2, 1, 1, 1],
+    "synthetic_rows": 4800,
+    "tables": {
+        "C2": "hash_rows:rows=300",
+        "C3": "random_projection:dim=4",
+        "C4": "tensorly_tt:rank=2",
+        "C6": "memcom:rows=100",
+        "C7": "int8",
+    },
+    "sharding": {"C5": "row_wise", "C8": "data_parallel"},
+    "bottom": [8],
+    "top": [8],
+    "batch_size": 64,
+    "epochs": 1,
+    "log_every": 1,
+    "save_every": 20,
+    "keep_checkpoints": 100,
+    "dense_optimizer": "sgd",
+    "dense_lr": 0.1,
+    "rank_patience": 30.0,
+}
+
+
+def torchrun(ranks, *flags, elastic=(), settings=None, timeout=240):
+    """The launcher under torchrun, as a user starts it; torchrun's exit code and all that was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *elastic]
+    command += [RUN, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def settings_file(folder, **changes):
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | changes))
+    return ["--config", path]
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+def assert_same_checkpoint(one, other, tolerance):
+    with opened(one) as left, opened(other) as right:
+        assert left.names == right.names
+        for name in left.names - {"run.random.host"}:
+            torch.testing.assert_close(
+                left.tensor(name), right.tensor(name), atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert launcher.main([*map(str, settings_file(folder)), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(2, *settings_file(folder), "--out", folder / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "run" / "printed").write_text(done.stdout)
+    return folder / "run"
+
+
+def test_two_ranks_train_what_one_process_trains(alone, two):
+    assert len(losses(alone)) >= 50
+    np.testing.assert_allclose(losses(two), losses(alone), atol=1e-5, rtol=0)
+    left, right = (json.loads((folder / "report.json").read_text()) for folder in (alone, two))
+    assert right["ranks"] == 2
+    for figure in ("samples", "steps", "best_step", "embedding_bytes", "num_parameters", "compiles"):
+        assert left[figure] == right[figure], figure
+    for figure in ("auc", "log_loss", "validation_auc"):
+        assert left[figure] == pytest.approx(right[figure], abs=1e-4), figure
+    assert_same_checkpoint(alone / "checkpoints/last.safetensors", two / "checkpoints/last.safetensors", 1e-5)
+
+
+def test_one_rank_prints_and_says_where_tables_lie(two):
+    printed = (two / "printed").read_text()
+    assert printed.count("run folder: ") == 1
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.startswith("C")}
+    assert "data_parallel" in lines["C8"]
+    assert "row_wise" in lines["C5"]
+    assert "0: " in lines["C5"]
+    assert "1: " in lines["C5"]
+
+
+def test_what_two_ranks_saved_one_process_goes_on_with(two, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder, symlinks=True)
+    for path in (folder / "checkpoints").iterdir():
+        if path.name != "step-0000000020.safetensors":
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    assert launcher.main(["--resume", str(folder)]) == 0
+    assert_same_checkpoint(folder / "checkpoints/last.safetensors", two / "checkpoints/last.safetensors", 1e-5)
+    np.testing.assert_allclose(losses(folder), losses(two), atol=1e-5, rtol=0)
+
+
+def test_a_damaged_part_of_a_checkpoint_is_found(two, tmp_path):
+    path = tmp_path / "c.safetensors"
+    shutil.copytree(two / "checkpoints" / "step-0000000020.safetensors", path)
+    assert checkpoint.read_about(path)["step"] == 20
+    part = sorted(path.glob("*.safetensors"))[-1]
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(UserError, match=part.name):
+        checkpoint.read_about(path)
+    part.unlink()
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.read_about(path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_row_is_trained_on_once_an_epoch_whatever_the_number_of_ranks(size):
+    dataset, _ = synthesize(1000, [50, 20], [1, 2], 0, False)
+    dataset.dense[:, 0] = np.arange(len(dataset.dense))
+    whole = [b.dense_BI[:, 0] for b in Loader(dataset, 64, seed=3).batches("train", 1)]
+    parts = [list(Loader(dataset, 64, seed=3, part=(k, size)).batches("train", 1)) for k in range(size)]
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[number].dense_BI[:, 0] for part in parts]), batch)
+    real = torch.cat([b.dense_BI[b.labels_B >= 0, 0] for part in parts for b in part])
+    start, stop = dataset.splits["train"]
+    assert sorted(real.tolist()) == list(range(start, stop))
+
+
+def test_a_rank_that_does_not_start_is_named():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with pytest.raises(UserError, match=r"ranks 1, 2 of 3 did not start within 1 s"):
+        TorchrunRanks(1.0, environment)
+
+
+def test_a_plan_that_fits_nowhere_says_what_it_was_given():
+    tables = [Table("small", 100, 16), Table("large", 1_000_000, 64)]
+    with pytest.raises(UserError, match=r"2 ranks of 100,000,000 bytes.*large 260,000,000"):
+        make_shards(tables, [1, 1], 512, 2, "cpu", 1e8, RowSettings("adagrad"), {})
+    shards = make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "row_wise"})
+    assert list(shards.kinds) == ["data_parallel", "row_wise"]
+    assert sum(shards.bytes[1].values()) == 260_000_000
+    assert "0: 130,000,000, 1: 130,000,000" in text(shards, 2)
+    with pytest.raises(UserError, match="state is by row"):
+        make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "column_wise"})
+    with pytest.raises(UserError, match="did you mean 'row_wise'"):
+        make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "row_wse"})
+
+
+@pytest.mark.slow
+def test_four_ranks_and_what_they_go_on_with(alone, two, tmp_path):
+    done = torchrun(4, *settings_file(tmp_path), "--out", tmp_path / "four")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "four"), losses(alone), atol=1e-5, rtol=0)
+    for name, source, ranks in (("from one to two", alone, 2), ("from two to four", two, 4)):
+        folder = tmp_path / name
+        shutil.copytree(source, folder, symlinks=True)
+        for path in (folder / "checkpoints").iterdir():
+            if path.name != "step-0000000020.safetensors":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        done = torchrun(ranks, "--resume", folder)
+        assert done.returncode == 0, done.stderr
+        assert_same_checkpoint(folder / "checkpoints/last.safetensors", alone / "checkpoints/last.safetensors", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad_element"])
+def test_other_optimizers_cut_by_columns(optimizer, tmp_path):
+    changes = {"row_optimizer": optimizer, "sharding": {"C5": "column_wise", "C8": "table_wise"}}
+    flags = list(map(str, settings_file(tmp_path, **changes)))
+    assert launcher.main([*flags, "--out", str(tmp_path / "alone")]) == 0
+    done = torchrun(2, *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_refused(tmp_path):
+    flags = settings_file(tmp_path)
+    done = torchrun(3, *flags, "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert "a batch of 64 does not split into 3 equal parts" in done.stderr
+    script = tmp_path / "other.sh"
+    script.write_text(f'exec {sys.executable} {RUN} "$@" --seed $RANK\n')
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, "--no-python", "bash", str(script), *map(str, flags)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "seed: 0 on rank 0, 1 on rank 1" in done.stderr
+    script.write_text(f'exec {sys.executable} {RUN} "$@" --data {tmp_path}/$RANK.tsv --min-count 0\n')
+    for rank in range(2):
+        rng = np.random.default_rng(rank)
+        lines = "".join(criteo_line(rng) + "\n" for _ in range(300))
+        (tmp_path / f"{rank}.tsv").write_text(lines)
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(yaml.safe_dump({"batch_size": 64}))
+    done = subprocess.run(
+        [*command, "--no-python", "bash", str(script), "--config", str(plain)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "have other data" in done.stderr
