@@ -15,7 +15,17 @@ from dlrm_xla.errors import UserError
 
 # Settings that may differ in a run that goes on, for they change neither the model nor a step; with another device or
 # placement, though, sums are added up in another order.
-_FREE = {"out", "data", "data_cache", "memory", "log_every", "save_every", "save_minutes", "keep_checkpoints"}
+_FREE = {
+    "out",
+    "data",
+    "data_cache",
+    "memory",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "rank_patience",
+}
 _ROUNDING = {
     "device",
     "precision",
@@ -25,6 +35,7 @@ _ROUNDING = {
     "micro_batches",
     "row_files",
     "row_kernels",
+    "sharding",
 }
 _COURSE = {
     *("epochs", "patience", "evals_per_epoch", "dense_lr", "plugin_lr", "row_lr", "row_weight_decay"),
