@@ -23,6 +23,7 @@ COMPOSITIONS = [
     "exact",
     "hash_rows:rows=500+random_projection",
     "quotient_remainder+random_projection:kind=sparse_sign",
+    "random_projection:dim=6,kind=very_sparse_sign",
     "hash_rows:rows=1500,method=multiply_shift",
     "quotient_remainder:op=add,collisions=7",
     "compositional:parts=4,op=add",
@@ -33,6 +34,7 @@ COMPOSITIONS = [
     "hot_cold:hot=200+tensorly_tt",
     "hot_cold:hot=100+hash_rows:rows=500+random_projection",
     "quotient_remainder+int4",
+    "frequency_bands:full_rows=16,width=2+int4",
     "count_sketch:rows=1000,hashes=1",
 ]
 # What brings no smaller table of its own, and so stands before or behind another plugin.
@@ -130,7 +132,7 @@ def test_compositional_rows_are_made_of_the_digits_of_an_id(op):
     assert bytes_kept(bag) == (38 + 3 * 3) * 4 * 4
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "sparse_sign"])
+@pytest.mark.parametrize("kind", ["gaussian", "sparse_sign", "very_sparse_sign"])
 def test_random_projection_keeps_lengths_on_average(kind):
     torch.manual_seed(0)
     ratios = []
@@ -139,6 +141,14 @@ def test_random_projection_keeps_lengths_on_average(kind):
         row = bag.bag.weight[1]
         ratios.append(((row @ bag.matrix).square().sum() / row.square().sum() / 8).item())
     assert np.mean(ratios) == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "nonzero"), [("sparse_sign", 11), ("very_sparse_sign", 4)])
+def test_sparse_projections_have_as_many_signs_in_each_column(kind, nonzero):
+    matrix = _made(f"random_projection:dim=32,kind={kind}", Table("t", 5, 64)).matrix
+    assert ((matrix != 0).sum(0) == nonzero).all()
+    torch.testing.assert_close(matrix[matrix != 0].abs(), torch.full((nonzero * 64,), nonzero**-0.5))
+    assert -0.3 < matrix.sign().sum().item() / (nonzero * 64) < 0.3
 
 
 def _rows(bag, count):
@@ -158,6 +168,28 @@ def test_top_rows_and_hot_cold_keep_the_frequent_ids_apart():
     bag = _made("hot_cold:hot=10+hash_rows:rows=5", Table("t", 50, 4))
     assert torch.equal(_rows(bag, 10), bag.hot_bag.weight)
     assert len(_rows(bag, 50)[10:].unique(dim=0)) == 4, "one row of five is of missing ids, and those are hot"
+
+
+def test_bands_of_rarer_ids_have_narrower_rows_around_one_that_they_share():
+    bag = _made("frequency_bands:full_rows=10,width=3", Table("t", 200, 12))
+    assert [len(m) for m in bag.matrices] == [6, 3], "no narrower than asked for"
+    assert bag.ends == [10, 40, 200]
+    assert bytes_kept(bag) == 4 * ((10 + 3) * 12 + 30 * 6 + 160 * 3 + 6 * 12 + 3 * 12)
+    full, middle, rare = (b.weight.detach() for b in bag.bags)
+    shared, (widen6, widen3) = full[10:], [m.detach() for m in bag.matrices]
+    expected = torch.cat([full[:10] + shared[0], middle @ widen6 + shared[1], rare @ widen3 + shared[2]])
+    expected[0] = full[0] + shared[2]
+    torch.testing.assert_close(_rows(bag, 200), expected)
+
+
+def test_bands_take_over_a_table_made_of_bands():
+    made = _made("frequency_bands:full_rows=10,width=3", Table("t", 200, 12))
+    rows = _rows(made, 200)
+    for lookups in (None, torch.arange(200, 0, -1)):
+        bag = _made("frequency_bands:full_rows=10,width=3", Table("t", 200, 12))
+        bag.bags[0].weight.data.add_(1)
+        bag.set_table(TrainedRows.of(rows, lookups))
+        torch.testing.assert_close(_rows(bag, 200), rows, atol=1e-5, rtol=1e-4)
 
 
 def test_double_hash_gives_rare_ids_two_shared_rows():

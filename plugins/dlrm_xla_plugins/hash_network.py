@@ -21,7 +21,8 @@ def dhe(table: Table, inner: MakeBag, *, width: int = 64, hashes: int = 32) -> n
     Keeps hashes x width + width^2 + width x dim numbers and two biases, whatever the number of rows. Ends a
     composition: it asks ``inner`` for nothing. Every lookup costs that many multiplications, with no gather.
 
-    Kang et al. 2021, "Learning to Embed Categorical Features without Embedding Tables for Recommendation".
+    Kang et al. 2021, "Learning to Embed Categorical Features without Embedding Tables for Recommendation",
+    section 4.
     """
     if width < 1 or hashes < 1:
         raise ValueError(f"dhe: width is {width} and hashes {hashes}, but both must be at least 1")

@@ -106,7 +106,8 @@ def count_sketch(table: Table, inner: MakeBag, *, rows: int = 2000, hashes: int 
 
     Keeps rows x dim numbers. All ids are treated alike; ``double_hash`` tells the frequent ones apart.
 
-    The adjoint of the sketch of Charikar, Chen, Farach-Colton 2002, "Finding Frequent Items in Data Streams".
+    The adjoint of the sketch of Charikar, Chen, Farach-Colton 2002, "Finding Frequent Items in Data Streams",
+    section 3.
     """
     if not 1 <= hashes <= rows:
         raise ValueError(f"count_sketch: hashes is {hashes}, but must be from 1 to rows = {rows}")

@@ -21,7 +21,8 @@ def low_rank(table: Table, inner: MakeBag, *, rank: int = 4) -> nn.Module:
     Keeps num_rows x rank + rank x dim numbers, so no less than 1 / dim of the exact table. U starts with the exact
     table's standard deviation, V normal(0, 1/rank).
 
-    Eckart & Young 1936: the best approximation of a table with that many numbers a row.
+    Eckart & Young 1936, "The Approximation of One Matrix by Another of Lower Rank": the best approximation of a table
+    with that many numbers a row.
     """
     if not 1 <= rank < table.dim:
         raise ValueError(f"low_rank: rank is {rank}, but must be from 1 to {table.dim - 1}, below the table's width")

@@ -18,7 +18,11 @@ from dlrm_xla_plugins.directions import top_directions
 
 @sized("dim", lambda table: range(1, table.dim))
 def random_projection(
-    table: Table, inner: MakeBag, *, dim: int = 4, kind: Literal["gaussian", "sparse_sign"] = "gaussian"
+    table: Table,
+    inner: MakeBag,
+    *,
+    dim: int = 4,
+    kind: Literal["gaussian", "sparse_sign", "very_sparse_sign"] = "gaussian",
 ) -> nn.Module:
     """Narrow rows times a fixed random matrix.
 
@@ -26,10 +30,12 @@ def random_projection(
 
     ``gaussian``: normal(0, 1/dim). ``sparse_sign``: s = ceil(dim / 3) entries of each column are +-1/sqrt(s), the
     others 0: a third is Achlioptas's density, and a fixed number per column leaves none empty (Kane & Nelson).
+    ``very_sparse_sign``: s = ceil(dim / sqrt(D)), the density of Li, Hastie and Church.
     Keeps num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
 
-    Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1; Kane & Nelson
-    2014, "Sparser Johnson-Lindenstrauss Transforms", section 1.
+    Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1; Li, Hastie,
+    Church 2006, "Very Sparse Random Projections", section 3; Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss
+    Transforms", section 1.
     """
     if not 1 <= dim < table.dim:
         raise ValueError(
@@ -39,7 +45,7 @@ def random_projection(
     if kind == "gaussian":
         matrix = torch.empty(dim, table.dim).normal_(std=1 / math.sqrt(dim))
     else:
-        nonzero = math.ceil(dim / 3)
+        nonzero = math.ceil(dim / (3 if kind == "sparse_sign" else math.sqrt(table.dim)))
         places = torch.rand(dim, table.dim).argsort(0)
         sign = torch.randint(0, 2, (dim, table.dim)) * 2.0 - 1
         matrix = sign * (places < nonzero) / math.sqrt(nonzero)

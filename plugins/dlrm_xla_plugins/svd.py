@@ -32,7 +32,8 @@ def svd(
     lookups where they are given). ``randomized``: by ``random_directions``. Keeps num_rows x rank + rank x dim numbers.
     Trained from the start it is ``low_rank``. U' may be approximated further, as in ``svd+int4``.
 
-    Eckart & Young 1936; Halko, Martinsson, Tropp 2011.
+    Eckart & Young 1936, "The Approximation of One Matrix by Another of Lower Rank"; Halko, Martinsson, Tropp 2011,
+    "Finding Structure with Randomness", algorithm 4.4.
     """
     if not 1 <= rank < table.dim:
         raise ValueError(f"svd: rank is {rank}, but must be from 1 to {table.dim - 1}, below the table's width")
