@@ -369,3 +369,14 @@ def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
     assert [a.data_ptr() for a in stores[1].arrays()] == addresses
     for ours, theirs in zip(stores[0].arrays(), stores[1].arrays(), strict=True):
         np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not fbgemm_rows.installed(), reason="fbgemm is not installed (extra: distributed)")
+@pytest.mark.parametrize(
+    ("processor", "least", "taken"), [("AVX512", 1, True), ("AVX2", 1, False), ("AVX512", 10**6, False)]
+)
+def test_fbgemm_is_taken_by_itself_where_it_pays(monkeypatch, processor, least, taken):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    monkeypatch.setattr(row_store, "FBGEMM_ROWS", least)
+    store = RowStore(Tables(dim=8), open_device("cpu"), RowSettings("sgd"), 0.01)
+    assert (store.stacks[0].fbgemm is not None) == taken
