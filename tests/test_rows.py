@@ -378,5 +378,5 @@ def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
 def test_fbgemm_is_taken_by_itself_where_it_pays(monkeypatch, processor, least, taken):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     monkeypatch.setattr(row_store, "FBGEMM_ROWS", least)
-    store = RowStore(Tables(dim=8), open_device("cpu"), RowSettings("sgd"), 0.01)
+    store = RowStore(Tables(dim=8), open_device("cpu"), RowSettings("sgd"), 0.01, kernels="auto")
     assert (store.stacks[0].fbgemm is not None) == taken
