@@ -5,7 +5,7 @@ A batch travels as few arrays as possible and is split into the contract's `Batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,10 +27,10 @@ class PackedBatch(NamedTuple):
     weights_BS: Tensor | None = None
     lengths: tuple[int, ...] | None = None
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device."""
-        dense_BI, ids_BS, labels_B = (t.to(device, non_blocking=True) for t in self[:3])
-        weights_BS = None if self.weights_BS is None else self.weights_BS.to(device, non_blocking=True)
+    def sent(self, send: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch on a device, whose ``send`` is given."""
+        dense_BI, ids_BS, labels_B = (send(t) for t in self[:3])
+        weights_BS = None if self.weights_BS is None else send(self.weights_BS)
         return PackedBatch(dense_BI, ids_BS, labels_B, weights_BS, self.lengths)
 
     def split(self, parts: int) -> list[PackedBatch]:

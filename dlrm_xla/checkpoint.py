@@ -88,9 +88,8 @@ def load_training(
     with opened(path) as file:
         about = _about(file)
         _load_model(file, model, rows, optimizer=True)
-        with torch.no_grad():
-            for name, tensor in _optimizer_tensors(model, dense):
-                tensor.copy_(_of_shape(file, f"dense_optimizer.{name}", tensor))
+        for name, tensor in _optimizer_tensors(model, dense):
+            rows.device.write(tensor, _of_shape(file, f"dense_optimizer.{name}", tensor))
         run = {n.removeprefix("run."): file.tensor(n) for n in file.names if n.startswith("run.")}
     return about, run
 
@@ -113,9 +112,12 @@ def _load_model(file: TensorFile, model: nn.Module, rows: Rows | None, optimizer
             f"{file.path} is of another model: only {side} has {name}. Use the configuration that it was written with."
         )
     loaded = {name: _of_shape(file, f"model.{name}", tensor) for name, tensor in state.items()}
-    if rows is not None:
-        rows.load_from(file, optimizer)
-    model.load_state_dict(loaded)
+    if rows is None:
+        model.load_state_dict(loaded)
+        return
+    rows.load_from(file, optimizer)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        rows.device.write(tensor, loaded[name])
 
 
 def _of_shape(file: TensorFile, name: str, tensor: Tensor) -> Tensor:

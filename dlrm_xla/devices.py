@@ -1,4 +1,4 @@
-"""Devices: the only file that knows that there are several; with `dlrm_xla.xla_steps`, all that imports torch_xla.
+"""Devices: the only file that knows that there are several; with the files xla_*.py, all that imports torch_xla.
 
 A new backend is one new function here and one line in `_OPENERS`.
 """
@@ -11,9 +11,10 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +38,36 @@ class Counters:
     fallbacks: dict[str, int] = field(default_factory=dict)
 
 
+class Chips(Protocol):
+    """Several chips that share large arrays of rows and the batch.
+
+    Ids in what is passed to ``summed`` and ``updated`` are those of the whole array.
+    """
+
+    count: int
+
+    def summed(self, access: RowAccess, part: Callable[..., Tensor], array: Tensor, *others: Tensor) -> Tensor:
+        """Sum over chips of ``part(access, array, *others)`` [B, ...], each with its part of the array."""
+
+    def updated(
+        self, access: RowAccess, update: Callable[..., None], arrays: Sequence[Tensor], *others: Tensor
+    ) -> None:
+        """Runs ``update(access, arrays, *others)`` on each chip with its part of the arrays, which it writes to."""
+
+
 @dataclass(frozen=True)
 class RowAccess:
     """How a device reads and writes rows of large arrays, and what it makes of their layout.
 
     An array is [R] with one value per id, or [lines, pack dim] with rows as `dlrm_xla.rows.RowStack` packs them.
-    ``gather(array, ids_N, dim)`` gives [N, dim]. ``scatter(array, ids_N, values, add)`` works in place; where it does
-    not add, ids must rise and differ. ``static_shapes``: no shape may depend on data, and a scatter leaves out ids past
-    the array's end. ``sum_rows(rows, ids_N, starts_G, weights_N)`` gives the weighted sums
+    ``gather(array, ids_N, dim)`` gives [N, dim], or [N] of an array [R]. ``scatter(array, ids_N, values, add)`` works
+    in place; where it does not add, ids must rise and differ. ``static_shapes``: no shape may depend on data, and a
+    scatter leaves out ids past the array's end. ``sum_rows(rows, ids_N, starts_G, weights_N)`` gives the weighted sums
     [G, dim] of the rows of each group of neighbouring ids without laying the rows side by side, where the device can.
-    ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last
-    dimension is padded to, 0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``:
-    arrays may be files mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed
-    so where nothing else was asked for.
+    ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last dimension is padded to,
+    0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``: arrays may be files
+    mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed so where nothing
+    else was asked for. ``chips`` share arrays of sparse placement, where there are several.
     """
 
     description: str
@@ -63,16 +81,35 @@ class RowAccess:
     files: bool = False
     matmul_rows: int = 0
     dense_rows: int = 0
+    chips: Chips | None = None
+
+    @property
+    def num_chips(self) -> int:
+        """Over how many chips arrays of sparse placement are cut."""
+        return self.chips.count if self.chips else 1
+
+    def summed(self, part: Callable[..., Tensor], array: Tensor, *others: Tensor) -> Tensor:
+        """``part(access, array, *others)``, which adds up over parts of the array; result and others are not cut."""
+        return self.chips.summed(self, part, array, *others) if self.chips else part(self, array, *others)
+
+    def updated(self, update: Callable[..., None], arrays: Sequence[Tensor], *others: Tensor) -> None:
+        """``update(access, arrays, *others)``, which writes to the arrays."""
+        if self.chips:
+            self.chips.updated(self, update, arrays, *others)
+        else:
+            update(self, arrays, *others)
 
 
 @dataclass(frozen=True)
 class Device:
     """What a training loop needs of a device.
 
-    ``place(module)`` moves a module there, ``compile(step, name)`` makes a step run as the device runs it best: as
-    `dlrm_xla.xla_steps.RecordedStep` on xla, whose rules about a step hold for all,
-    ``synchronize()`` waits for queued work, ``counters()`` reads the counts above, ``loud`` is a line that the user
-    must not miss. ``capturable``: an optimizer must keep its step counts on the device.
+    ``place(module)`` moves a module there, ``place_rows(module)`` one of whose arrays each chip keeps a part,
+    ``send(tensor)`` a part of a batch; ``write(tensor, values)`` sets a tensor there to one of the host.
+    ``compile(step, name)`` makes a step run as the device runs it best: as `dlrm_xla.xla_steps.RecordedStep` on xla,
+    whose rules about a step hold for all, ``synchronize()`` waits for queued work, ``counters()`` reads the counts
+    above, ``loud`` is a line that the user must not miss. ``capturable``: an optimizer must keep its step counts on the
+    device.
 
     ``rows`` is how rows are read and written here, ``planned`` the layout that a plan tells: that of a TPU for xla,
     whatever it runs on. ``memory``: bytes for tables and their training. ``host_parts(array)`` gives an array's lines
@@ -91,6 +128,9 @@ class Device:
     memory: float
     host_parts: Callable[[Tensor], Iterator[Tensor]]
     random_states: Mapping[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]
+    place_rows: Callable[[nn.Module], nn.Module]
+    send: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor, Tensor], None]
     loud: str = ""
     capturable: bool = False
 
@@ -111,11 +151,16 @@ def open_xla_first() -> bool:
         return False
     # By default 0 and 1 become constants of the graph, so a learning rate passing through 1.0 would compile again.
     os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
+    # XLA warns at every partitioned compile that its partitioner has a successor, which torch_xla 2.9 does not use.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies' deprecations
         logging.disable(logging.WARNING)  # it says where it runs; `Device.loud` says so louder
         try:
             torch_xla = importlib.import_module("torch_xla")
+            runtime = importlib.import_module("torch_xla.runtime")
+            if runtime.global_runtime_device_count() > 1:
+                runtime.use_spmd()
             torch_xla.device()
         finally:
             logging.disable(logging.NOTSET)
@@ -126,8 +171,13 @@ def _as_it_is(step: Step, name: str) -> Step:
     return step
 
 
+@torch.no_grad()
+def _write(tensor: Tensor, values: Tensor) -> None:
+    tensor.copy_(values)
+
+
 def _gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
-    return array.view(-1, dim).index_select(0, ids_N)
+    return (array if array.dim() == 1 else array.view(-1, dim)).index_select(0, ids_N)
 
 
 def _sum_rows(rows: Tensor, ids_N: Tensor, starts_G: Tensor, weights_N: Tensor) -> Tensor:
@@ -181,6 +231,9 @@ def _cpu() -> Device:
         memory,
         _parts,
         _HOST_GENERATOR,
+        lambda m: m,
+        lambda t: t,
+        _write,
     )
 
 
@@ -211,6 +264,9 @@ def _cuda() -> Device:
         0.9 * torch.cuda.get_device_properties(device).total_memory,
         _parts,
         {**_HOST_GENERATOR, "cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)},
+        lambda m: m.to(device),
+        lambda t: t.to(device, non_blocking=True),
+        _write,
     )
 
 
@@ -225,6 +281,7 @@ def _xla() -> Device:
     import torch_xla.debug.metrics as metrics
     import torch_xla.runtime
 
+    from dlrm_xla.xla_spmd import Mesh
     from dlrm_xla.xla_steps import RecordedStep
 
     device = torch_xla.device()
@@ -244,6 +301,11 @@ def _xla() -> Device:
                 tensor.copy_(host.pop(name))
         return module
 
+    def send(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    chips = Mesh() if torch_xla.runtime.is_spmd() else None
+
     def synchronize() -> None:
         # A sync waits for the graph that it sends off; a compiled step has sent its own.
         torch_xla.core.xla_model.wait_device_ops()
@@ -261,6 +323,7 @@ def _xla() -> Device:
         static_shapes=True,
         lanes=128,
         rounds_matmul=True,
+        chips=chips,
     )
     rows, memory = tpu, 0.0
     compile: Callable[[Step, str], Step] = RecordedStep
@@ -273,9 +336,9 @@ def _xla() -> Device:
     return Device(
         "xla",
         device,
-        f"XLA on {kind}",
-        place,
-        compile,
+        f"XLA on {kind}" if chips is None else f"XLA on {kind}, {chips.description}",
+        place if chips is None else partial(chips.place, sharded=False),
+        compile if chips is None else lambda step, name: compile(chips.returning_whole(step), name),
         synchronize,
         counters,
         rows,
@@ -283,6 +346,9 @@ def _xla() -> Device:
         memory,
         _xla_parts,
         _HOST_GENERATOR,
+        place if chips is None else partial(chips.place, sharded=True),
+        send if chips is None else chips.send,
+        _write if chips is None else chips.write,
         loud,
         capturable=True,
     )
@@ -307,7 +373,7 @@ def _in_memory_kept(compile: Callable[[Step, str], Step]) -> Callable[[Step, str
 
 
 def _xla_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
-    pack = array.shape[1] // dim
+    pack = 1 if array.dim() == 1 else array.shape[1] // dim
     if pack == 1:
         return array.index_select(0, ids_N)
     lines_NPD = array.index_select(0, divide_ids(ids_N, pack)).view(-1, pack, dim)

@@ -175,7 +175,11 @@ def training_bytes(
     access: RowAccess,
     place: Callable[[Table], Placement],
 ) -> TrainingBytes:
-    """Counts what a bag takes in training on a device with this access to rows; the bag may be on ``meta``."""
+    """Counts what a bag takes in training on a device with this access to rows; the bag may be on ``meta``.
+
+    Of several chips it is what one takes: its part of large tables, and all gradients of a batch, for it updates that
+    part from all of them.
+    """
     placements: list[str] = []
     padded = optimizer = gradient = 0
     inside: set[int] = set()
@@ -187,10 +191,13 @@ def training_bytes(
         inside.add(id(member.weight))
         table, placement = member.table, place(member.table)
         placements.append(placement)
-        shape = lines_of(table.num_rows, table.dim, access, placement)
+        lines, width = lines_of(table.num_rows, table.dim, access, placement)
+        chips = access.num_chips if placement == "sparse" else 1
+        shape = (lines // chips, width)
         padded += held_bytes(shape, member.weight.dtype, access)
         for kind in rule.states:
-            optimizer += held_bytes((table.num_rows,) if kind == "row" else shape, state, access)
+            of_rows = (-(-table.num_rows // chips),)
+            optimizer += held_bytes(of_rows if kind == "row" else shape, state, access)
         if placement == "sparse":
             gradient += config.batch_size * bag_length * (row_bytes(table.dim) if access.lanes else 4 * table.dim)
         else:

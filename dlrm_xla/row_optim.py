@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,6 +106,11 @@ def combine_lookups(ids_N: Tensor, lookups: Sequence[Lookup], access: RowAccess)
     return ids_U, access.sum_rows(_joined(grads), slots_N, starts_U, weights_N)
 
 
+def _without_padding(ids_N: Tensor, weights: Sequence[Tensor], end: int) -> Tensor:
+    """Padding must not count as touched: it goes to an id that no row has."""
+    return torch.where(torch.cat([w.reshape(-1) for w in weights]) != 0, ids_N, end)
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
@@ -151,7 +157,7 @@ class StackOptimizer(nn.Module):
         self.rule = RULES[settings.name]
         dtype = DTYPES[settings.state]
         for number, kind in enumerate(self.rule.states):
-            shape = (stack.num_rows,) if kind == "row" else tuple(stack.rows.shape)
+            shape = (stack.end,) if kind == "row" else tuple(stack.rows.shape)
             zeros = files.create(f"state{number}", shape, dtype) if files else torch.zeros(shape, dtype=dtype)
             self.register_buffer(f"state{number}", zeros)
 
@@ -164,40 +170,49 @@ class StackOptimizer(nn.Module):
         if stack.fbgemm is not None and len(stack.lookups) == 1 and (sums := stack.lookups[0].sums) is not None:
             stack.fbgemm.update(sums, stack.lookups[0].bag_gradients()[0], learning_rate)
             return
-        ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
         access = stack.device.rows
-        plain = stack.rows.dtype == torch.float32 and self.settings.weight_decay == 0
-        if stack.placement == "sparse" and plain and self.settings.name == "sgd" and access.sum_rows is None:
-            # Addition combines duplicates by itself.
-            grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
-            access.scatter(stack.rows, ids_N, grads_ND * -learning_rate, True)
+        if stack.placement == "sparse" and access.static_shapes:
+            parts = [t for k in stack.lookups for t in (k.ids_BS, k.weights_BS, k.gradient())]
+            update = partial(self._static, stack, learning_rate)
+            access.updated(update, [stack.rows, *self.states()], step, *parts)
             return
-        still = self.rule.still and self.settings.weight_decay == 0
-        if not still:
-            # Padding must not count as touched: it goes to an id that no row has.
-            real_N = torch.cat([lookup.weights_BS.reshape(-1) for lookup in stack.lookups]) != 0
-            ids_N = torch.where(real_N, ids_N, stack.end)
-        if stack.placement == "sparse":
-            self._sparse(stack, ids_N, learning_rate, step, drop=not still)
-        else:
-            self._dense(stack, ids_N, learning_rate, step, still)
+        ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
+        if not self._still:
+            ids_N = _without_padding(ids_N, [lookup.weights_BS for lookup in stack.lookups], stack.end)
+        if stack.placement != "sparse":
+            self._dense(stack, ids_N, learning_rate, step, self._still)
+            return
+        ids_U, sums_UD = combine_lookups(ids_N, stack.lookups, access)
+        if not self._still and len(ids_U) and int(ids_U[-1]) == stack.end:
+            ids_U, sums_UD = ids_U[:-1], sums_UD[:-1]
+        self._write(stack, access, [stack.rows, *self.states()], ids_U, ids_U, sums_UD, learning_rate, step)
 
-    def _sparse(self, stack: RowStack, ids_N: Tensor, learning_rate: float, step: Tensor, drop: bool) -> None:
-        device = stack.device
-        if device.rows.static_shapes:
-            grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
-            ids_U, sums_UD = combine_duplicates(ids_N, grads_ND, stack.end + 1)
-        else:
-            ids_U, sums_UD = combine_lookups(ids_N, stack.lookups, device.rows)
-            if drop and len(ids_U) and int(ids_U[-1]) == stack.end:
-                ids_U, sums_UD = ids_U[:-1], sums_UD[:-1]
-        at_U = ids_U.clamp(max=stack.num_rows - 1) if device.rows.static_shapes else ids_U
-        old = [
-            device.rows.gather(array, at_U, stack.dim) if array.dim() > 1 else array.index_select(0, at_U)
-            for array in self.states()
-        ]
-        rows_UD, states = self._updated(stack.read(at_U), sums_UD, old, learning_rate, step)
-        self._write(stack, ids_U, rows_UD, states, step)
+    @property
+    def _still(self) -> bool:
+        return self.rule.still and self.settings.weight_decay == 0
+
+    def _static(
+        self,
+        stack: RowStack,
+        learning_rate: float,
+        access: RowAccess,
+        arrays: Sequence[Tensor],
+        step: Tensor,
+        *parts: Tensor,
+    ) -> None:
+        """The update of ``arrays``, rows and states, with static shapes; ``parts`` are the lookups' tensors."""
+        ids, weights, grads = parts[::3], parts[1::3], parts[2::3]
+        ids_N = _joined([i.reshape(-1) for i in ids])
+        grads_ND = torch.cat([k.spread(w, g) for k, w, g in zip(stack.lookups, weights, grads, strict=True)])
+        settings = self.settings
+        if settings.name == "sgd" and settings.weight_decay == 0 and stack.rows.dtype == torch.float32:
+            # Addition combines duplicates by itself.
+            access.scatter(arrays[0], ids_N, grads_ND * -learning_rate, True)
+            return
+        if not self._still:
+            ids_N = _without_padding(ids_N, weights, stack.end)
+        ids_U, sums_UD = combine_duplicates(ids_N, grads_ND, stack.end + 1)
+        self._write(stack, access, arrays, ids_U, ids_U.clamp(max=stack.num_rows - 1), sums_UD, learning_rate, step)
 
     def _dense(self, stack: RowStack, ids_N: Tensor, learning_rate: float, step: Tensor, still: bool) -> None:
         grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
@@ -237,11 +252,23 @@ class StackOptimizer(nn.Module):
         change, new = self.rule.update(sums, [s.float() for s in states], learning_rate, step, self.settings)
         return rows + change, new
 
-    def _write(self, stack: RowStack, ids_U: Tensor, rows_UD: Tensor, states: list[Tensor], step: Tensor) -> None:
-        targets = [(stack.rows, rows_UD), *zip(self.states(), states, strict=True)]
-        for number, (array, values) in enumerate(targets):
+    def _write(
+        self,
+        stack: RowStack,
+        access: RowAccess,
+        arrays: Sequence[Tensor],
+        ids_U: Tensor,
+        at_U: Tensor,
+        sums_UD: Tensor,
+        learning_rate: float,
+        step: Tensor,
+    ) -> None:
+        """Updates rows and states of different ids; ``at_U`` are the same ids, cut off at the end for reading."""
+        rows_UD, *old = (access.gather(array, at_U, stack.dim) for array in arrays)
+        rows_UD, new = self._updated(rows_UD.float(), sums_UD, old, learning_rate, step)
+        for number, (array, values) in enumerate(zip(arrays, [rows_UD, *new], strict=True)):
             values = self._rounded(values, array.dtype, ids_U, step, number, stack.device)
-            stack.device.rows.scatter(array, ids_U, values, False)
+            access.scatter(array, ids_U, values, False)
 
     @staticmethod
     def _rounded(values: Tensor, dtype: torch.dtype, ids: Tensor, step: Tensor, number: int, device: Device) -> Tensor:

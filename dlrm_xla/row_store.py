@@ -64,8 +64,9 @@ class RowStore:
         self.optimizers = [
             StackOptimizer(stack, settings, files if stack.file_backed else None) for stack in self.stacks
         ]
-        for module in (*self.stacks, *self.optimizers):
-            device.place(module)
+        for stack, optimizer in zip(self.stacks, self.optimizers, strict=True):
+            for module in (stack, optimizer):
+                (device.place_rows if stack.placement == "sparse" else device.place)(module)
         for stack, optimizer in zip(self.stacks, self.optimizers, strict=True):
             if use_fbgemm(kernels, stack, settings):
                 stack.fbgemm = FbgemmRows(stack.rows, optimizer.states(), settings.name, settings.eps)
@@ -161,12 +162,12 @@ class RowStore:
         for stack, optimizer, names in zip(self.stacks, self.optimizers, self._names, strict=True):
             for number, array in enumerate(optimizer.states()):
                 self._load(stack, array, [f"row_optimizer.{name}.state{number}" for name in names], read)
-        with torch.no_grad():
-            self._step.copy_(read("row_optimizer.step"))
+        self.device.write(self._step, read("row_optimizer.step"))
 
     @torch.no_grad()
     def _load(self, stack: RowStack, array: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
-        host = array.to("cpu")  # no copy where it is there already
+        # Not read from the device, which may have no room for it whole.
+        host = array if array.device.type == "cpu" else torch.zeros(array.shape, dtype=array.dtype)
         width = 1 if array.dim() == 1 else stack.dim
         flat = host.view(-1, width)
         for name, table, base in zip(names, stack.tables, stack.bases, strict=True):
@@ -178,7 +179,7 @@ class RowStore:
                 )
             flat[base : base + table.num_rows] = found.view(-1, width)
         if host is not array:
-            array.copy_(host)
+            self.device.write(array, host)
 
 
 def row_builder(config: Config, device: Device) -> tuple[MakeBag, RowFiles | None]:

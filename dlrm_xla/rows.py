@@ -11,6 +11,7 @@ import itertools
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -135,15 +136,22 @@ class Lookup(NamedTuple):
     names: Sequence[str]
     sums: Tensor | None = None
 
+    def gradient(self) -> Tensor:
+        """The leaf's gradient."""
+        assert self.leaf.grad is not None
+        return self.leaf.grad
+
     def gradients(self) -> Tensor:
         """Gradient of each slot's row, [B S, D]."""
-        grad = self.leaf.grad
-        assert grad is not None
+        return self.spread(self.weights_BS, self.gradient())
+
+    def spread(self, weights_BS: Tensor, grad: Tensor) -> Tensor:
+        """The leaf's gradient by slot, [B S, D]."""
         if self.pooled:
             if len(self.lengths) != self.ids_BS.shape[1]:
                 parts = zip(grad.unbind(1), self.lengths, strict=True)
                 grad = torch.cat([g_BD.unsqueeze(1).expand(-1, length, -1) for g_BD, length in parts], 1)
-            grad = grad * self.weights_BS.unsqueeze(2)
+            grad = grad * weights_BS.unsqueeze(2)
         return grad.reshape(-1, grad.shape[2])
 
     def bag_gradients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -208,7 +216,7 @@ class RowStack(nn.Module):
         self.file_backed = any(t.file_backed for t in tables)
         first = tables[0].weight
         assert first is not None, f"{tables[0].table.name} is in a stack already"
-        if len(tables) == 1 and self.pack == 1:
+        if len(tables) == 1 and first.shape == (lines, width):
             array = first.detach()  # as it is, for it may be a file
         else:
             assert not self.file_backed, "a file is a stack of its own"
@@ -246,6 +254,9 @@ class RowStack(nn.Module):
     def bags(self, ids_BS: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:
         """Weighted sums of rows, [B, F, D]."""
         sum_rows = self.device.rows.sum_rows
+        if self.placement == "sparse" and self.device.rows.num_chips > 1:
+            # Pooled where the rows are, for there are fewer bags than ids to add up over chips.
+            return self.device.rows.summed(partial(self._pooled, lengths), self.rows, ids_BS, weights_BS)
         if sum_rows is None or self.placement == "matmul" or self.rows.dtype != torch.float32:
             return pool(self.read(ids_BS.reshape(-1)), weights_BS, lengths)
         starts_G = bag_starts(len(ids_BS), tuple(lengths), ids_BS.device)
@@ -255,9 +266,19 @@ class RowStack(nn.Module):
         """Rows of the stack's own ids, float32 [N, D]."""
         if self.placement == "matmul":
             rows_ND = one_hot_product(ids_N, self.rows.float(), self.device)
+        elif self.placement == "sparse":
+            rows_ND = self.device.rows.summed(self._gathered, self.rows, ids_N)
         else:
             rows_ND = self.device.rows.gather(self.rows, ids_N, self.dim)
         return rows_ND.float()
+
+    def _gathered(self, access: RowAccess, rows: Tensor, ids_N: Tensor) -> Tensor:
+        return access.gather(rows, ids_N, self.dim)
+
+    def _pooled(
+        self, lengths: Sequence[int], access: RowAccess, rows: Tensor, ids_BS: Tensor, weights_BS: Tensor
+    ) -> Tensor:
+        return pool(access.gather(rows, ids_BS.reshape(-1), self.dim).float(), weights_BS, lengths)
 
     @property
     def end(self) -> int:
@@ -266,7 +287,8 @@ class RowStack(nn.Module):
 
     def tables_on_host(self) -> Iterator[Tensor]:
         """Each table's rows [R, D], on the CPU."""
-        flat = self.rows.to("cpu").view(-1, self.dim)
+        here = self.rows.device.type == "cpu"
+        flat = (self.rows if here else torch.cat(list(self.device.host_parts(self.rows)))).view(-1, self.dim)
         for table, base in zip(self.tables, self.bases, strict=True):
             yield flat[base : base + table.num_rows]
 
@@ -276,8 +298,11 @@ class RowStack(nn.Module):
 
 def lines_of(num_rows: int, dim: int, access: RowAccess, placement: Placement) -> tuple[int, int]:
     """Shape of the array that holds rows: as many rows to a line as fit the lanes, where they are sparse."""
-    pack = max(1, access.lanes // dim) if placement == "sparse" else 1
-    return -(-num_rows // pack), pack * dim
+    if placement != "sparse":
+        return num_rows, dim
+    pack = max(1, access.lanes // dim)
+    lines = -(-num_rows // pack)
+    return -(-lines // access.num_chips) * access.num_chips, pack * dim
 
 
 @functools.lru_cache(maxsize=64)

@@ -73,6 +73,12 @@ class Steps:
         self.ranks = ranks
         self.config = config
         self.bag_lengths = list(bag_lengths)
+        chips = device.rows.num_chips
+        if config.batch_size % chips:
+            raise UserError(
+                f"a batch of {config.batch_size} cannot be cut into equal parts for {chips} chips: take --batch-size "
+                f"{-(-config.batch_size // chips) * chips}, or fewer chips"
+            )
         settings = row_settings(config)
         self.rows: RowStore | TorchrecRows
         if shards:
@@ -94,7 +100,7 @@ class Steps:
         self._trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self._refreshed = [m for m in model.bags.modules() if isinstance(m, Refreshed)]
         self._finite = FiniteWatch("parameter", len(self._trained), device)
-        self.loss_and_count = self._zeros()
+        self.loss_and_count = torch.zeros(2).to(device.torch_device)
         # One graph each, or one for each of a few lengths of bags.
         self._compiled: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
 
@@ -102,12 +108,12 @@ class Steps:
         """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
         self._check_ids(packed, f"training step {step + 1}")
         run = self._graph(self._train_step, "train", packed)
-        run(packed.to(self.device.torch_device), rate=learning_rate_factor(self.config, step))
+        run(packed.sent(self.device.send), rate=learning_rate_factor(self.config, step))
 
     def evaluate(self, packed: PackedBatch) -> Tensor:
         """Logits of one batch, float32, still on the device."""
         self._check_ids(packed, "evaluation")
-        logits_B: Tensor = self._graph(self._evaluation_step, "evaluation", packed)(packed.to(self.device.torch_device))
+        logits_B: Tensor = self._graph(self._evaluation_step, "evaluation", packed)(packed.sent(self.device.send))
         return logits_B
 
     def _graph(self, step: Callable[..., Any], name: str, packed: PackedBatch) -> Callable[..., Any]:
@@ -147,8 +153,7 @@ class Steps:
     def load(self, path: Path) -> None:
         """Takes over a checkpoint, before the first step; of another device too."""
         _, run = checkpoint.load_training(path, self.model, self.dense, self.rows)
-        with torch.no_grad():
-            self.loss_and_count.copy_(run["loss_and_count"])
+        self.device.write(self.loss_and_count, run["loss_and_count"])
         for name, (_, put) in self.device.random_states.items():
             if f"random.{name}" in run:
                 put(run[f"random.{name}"])
@@ -167,12 +172,8 @@ class Steps:
     def mean_loss(self) -> float:
         """Mean loss of the samples since the last call; waits for the device."""
         loss, count = self.ranks.add(self.loss_and_count.cpu().clone()).tolist()
-        with torch.no_grad():
-            self.loss_and_count.copy_(self._zeros())
+        self.device.write(self.loss_and_count, torch.zeros(2))
         return float(loss / count) if count else math.nan
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(2).to(self.device.torch_device)
 
     def _logits(self, packed: PackedBatch) -> Tensor:
         batch = unpack(packed, self.bag_lengths)

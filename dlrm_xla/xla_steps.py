@@ -17,6 +17,7 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from dlrm_xla.errors import UserError
@@ -24,6 +25,8 @@ from dlrm_xla.errors import UserError
 _XLAC = torch_xla._XLAC
 # Two rates whose quotient is no number that a step is likely to hold.
 _PROBE = 0.7071067811865476
+# Tensors that only graphs have; equal ones of several traces may share a buffer.
+_CONSTANTS = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,9 @@ class RecordedStep:
         ]
         results = _XLAC._run_cached_graph(self._graph, inputs)
         assert len(results) == len(state) + self._num_outputs, "XLA left out equal results"
-        with torch.no_grad():
-            for tensor, result in zip(state, results, strict=False):
-                assert tensor is not None
-                tensor.copy_(result)  # no operation: it takes over the buffer
+        for tensor, result in zip(state, results, strict=False):
+            assert tensor is not None
+            _take_over(tensor, result)
         outputs = results[len(state) :]
         return outputs[0] if self._single else tuple(outputs) or None
 
@@ -131,8 +133,9 @@ class RecordedStep:
         xm.wait_device_ops()
         live = _live_tensors()
         before = [torch.clone(t.detach()) for t in live]  # no copy: the buffer has two names
-        owners = {_XLAC._xla_get_tensor_id(t): t for t in live}
-        places = {_XLAC._xla_get_tensor_id(t): k for k, t in enumerate(tensors)}
+        kept = [t for t in live if t not in _CONSTANTS]
+        owners: dict[int, int | Tensor] = dict(zip(_numbers(kept), kept, strict=True))
+        owners |= {number: k for k, number in enumerate(_numbers(tensors))}
         try:
             _XLAC._set_current_graph_name(self._name)
             _XLAC._set_allow_execution(False)
@@ -158,13 +161,17 @@ class RecordedStep:
         finally:
             _XLAC._set_allow_execution(True)
             _XLAC._set_current_graph_name("")
-            with torch.no_grad():
-                for tensor, old in zip(live, before, strict=True):
-                    if _pending([tensor]):
-                        tensor.copy_(old)
+            for tensor, old in zip(live, before, strict=True):
+                if _pending([tensor]):
+                    _take_over(tensor, old)
             _XLAC._clear_pending_irs(str(torch_xla.device()))
-        inputs = [places.get(n, owners.get(n, v)) for n, v in zip(numbers, values, strict=True)]
-        constants = [n not in places and n not in owners for n in numbers]
+        if torch_xla.runtime.is_spmd():
+            numbers = _numbers(values)
+        inputs = [owners.get(n, v) for n, v in zip(numbers, values, strict=True)]
+        constants = [n not in owners for n in numbers]
+        for value, constant in zip(values, constants, strict=True):
+            if constant:
+                _CONSTANTS[value] = None
         return Trace(inputs, constants, written, outputs, isinstance(output, Tensor), graph)
 
     def _check_new(self, live: list[Tensor], outputs: list[Tensor]) -> None:
@@ -206,11 +213,33 @@ class RecordedStep:
         if self._rate_inputs[0] != rate or not self._rate_inputs[1]:
             device = torch_xla.device()
             self._rate_inputs = rate, {p: torch.tensor(v * rate).to(device) for p, v in self._scaled.items()}
+            for tensor in self._rate_inputs[1].values():
+                _CONSTANTS[tensor] = None
         return self._rate_inputs[1]
 
 
 def _compile(results: list[Tensor]) -> None:
     _XLAC._xla_warm_up_cache(results, [])
+
+
+def _numbers(tensors: list[Tensor]) -> list[int]:
+    """What tells tensors apart as inputs of a graph.
+
+    Under SPMD the number that a graph has of an input is that of whichever tensor had its buffer when it was last
+    traced, so the buffers are compared. On one device equal numbers without a dimension share a buffer.
+    """
+    if torch_xla.runtime.is_spmd():
+        return list(_XLAC._get_tensors_handle(tensors))
+    return [_XLAC._xla_get_tensor_id(t) for t in tensors]
+
+
+@torch.no_grad()
+def _take_over(tensor: Tensor, other: Tensor) -> None:
+    """Gives a tensor another's buffer, without an operation."""
+    if torch_xla.runtime.is_spmd():
+        tensor.data = other  # there a copy is an operation, which marks the sharding again
+    else:
+        tensor.copy_(other)
 
 
 def _live_tensors() -> list[Tensor]:

@@ -64,7 +64,7 @@ def on_shapes(device: Device) -> Device:
         placed: nn.Module = module._apply(placeholder)  # type: ignore[no-untyped-call]
         return placed
 
-    return replace(device, place=place, rows=device.planned)
+    return replace(device, place=place, place_rows=place, rows=device.planned)
 
 
 def trace(

@@ -499,7 +499,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device = open_device(config.device)
             dataset = open_data(config)[0] if config.data else None
             plan = make_plan(config, device, device.planned, dataset)
-            print(f"as {device.planned.description} lays tables out:")
+            chips = device.planned.num_chips
+            print(
+                f"as {device.planned.description} lays tables out{f', on each of {chips} chips' if chips > 1 else ''}:"
+            )
             print(planning.text(plan.bags, plan.training, plan.memory))
             if dataset:
                 print(plan.ratio())

@@ -163,7 +163,7 @@ def test_traced_on_shapes_is_what_a_step_runs(plugin):
     model = DLRM(13, plan.tables, plan.make_bags, bottom=config.bottom, top=config.top)
     steps = Steps(model, [1] * 3, device, config)
     batch = PackedBatch(torch.zeros(64, 13), torch.zeros(64, 3, dtype=torch.int32), torch.zeros(64))
-    batch = batch.to(device.torch_device)
+    batch = batch.sent(device.send)
     texts = []
 
     def write(results):

@@ -1,0 +1,85 @@
+"""Several chips by SPMD, as four virtual devices of XLA's CPU backend: the numbers of one, and what crosses chips."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from math import prod
+
+import pytest
+from conftest import ROOT, needs_xla
+
+pytestmark = needs_xla
+
+QUICK = ["exact/adagrad/128"]
+SLOW = [
+    "hash_rows:rows=500/sgd/0",
+    "exact/sgd/0",
+    "exact/adam/128",
+    "exact/adagrad_element/0",
+    "tensorly_tt/adagrad/128",
+    "quotient_remainder/adagrad/0",
+    "low_rank/adagrad/128",
+    "hash_embeddings/adagrad/128",
+]
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
+
+
+def on_chips(chips, steps, cases, dump=None):
+    env = os.environ | {"CPU_NUM_DEVICES": str(chips), "PJRT_DEVICE": "CPU"}
+    if dump:
+        env["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train.*"
+    command = [sys.executable, ROOT / "tests" / "spmd_steps.py", str(steps), *cases]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chips"] == chips
+    return found["cases"]
+
+
+def agree(cases, steps, dump=None):
+    single, several = on_chips(1, steps, cases), on_chips(4, steps, cases, dump)
+    for case in cases:
+        assert several[case]["losses"] == pytest.approx(single[case]["losses"], abs=1e-4), case
+        assert several[case]["logits"] == pytest.approx(single[case]["logits"], abs=1e-3), case
+        assert several[case]["compiles"] == 2, f"{case}: one graph to train, one to evaluate"
+        assert not several[case]["fallbacks"], case
+        assert single[case]["losses"][-1] < single[case]["losses"][0], f"{case} learns"
+
+
+def collectives(module):
+    """(kind, bytes of the result on one chip) of each collective in a compiled module."""
+    for line in module.splitlines():
+        kind = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+        found = re.search(rf"= (.*?) {kind}(?:-start)?\(", line)
+        if found:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+            yield found[2], sum(BYTES[t] * prod(int(d) for d in dims.split(",") if d) for t, dims in shapes)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hlo")
+    agree(QUICK, 50, folder)
+    return [path.read_text() for path in folder.glob("*after_optimizations.txt")]
+
+
+def test_four_chips_train_as_one_does(quick):
+    assert len(quick) == 1
+
+
+def test_no_collective_is_as_large_as_a_table(quick):
+    (module,) = quick
+    found = list(collectives(module))
+    assert {"all-gather", "reduce-scatter"} <= {kind for kind, _ in found}, "ids and gradients; pooled bags"
+    # 32 samples of three bags of 16 numbers; the large tables have 320,192 and more bytes.
+    assert max(size for _, size in found) == 32 * 3 * 16 * 4
+    # 25,011 rows, 8 to a line: each chip has a quarter of the lines, and updates it in place.
+    assert "f32[782,128]" in module
+    assert "f32[3128,128]" not in module
+
+
+@pytest.mark.slow
+def test_every_optimizer_and_more_plugins_train_on_four_chips_as_on_one():
+    agree(SLOW, 50)
