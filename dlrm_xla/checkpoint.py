@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.devices import Device
 from dlrm_xla.errors import UserError
 from dlrm_xla.tensor_file import TensorFile, opened
 
@@ -27,6 +28,8 @@ FORMAT = "dlrm_xla checkpoint 2"
 
 class Rows(Protocol):
     """Whoever has a model's exact tables: `RowStore`, or `TorchrecRows` on several ranks."""
+
+    device: Device
 
     @property
     def names(self) -> list[str]:

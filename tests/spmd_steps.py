@@ -1,11 +1,14 @@
 """Trains small models on the xla device and prints their losses as JSON; run by test_spmd.py with one and four chips.
 
 python tests/spmd_steps.py STEPS CASE...       CASE: plugin/row optimizer/lanes, such as hash_rows:rows=500/adagrad/128
+LOAD=FILE in the environment: a checkpoint to go on from; SAVE=FILE: one to write at the end.
 """
 
 import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -52,6 +55,8 @@ def batches(count, rows=ROWS):
 
 def losses(case, count):
     steps = make_steps(case)
+    if "LOAD" in os.environ:
+        steps.load(Path(os.environ["LOAD"]))
     found = []
     for number, packed in enumerate(batches(count)):
         steps.train(packed, number)
@@ -67,6 +72,8 @@ if __name__ == "__main__":
         packed = next(batches(1))
         logits = steps.evaluate(packed).tolist()
         now = steps.device.counters()
+        if "SAVE" in os.environ:
+            steps.save(Path(os.environ["SAVE"]), {})
         report[case] = {
             "losses": found,
             "logits": logits,

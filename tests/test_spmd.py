@@ -26,8 +26,8 @@ SLOW = [
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 
 
-def on_chips(chips, steps, cases, dump=None):
-    env = os.environ | {"CPU_NUM_DEVICES": str(chips), "PJRT_DEVICE": "CPU"}
+def on_chips(chips, steps, cases, dump=None, **more):
+    env = os.environ | {"CPU_NUM_DEVICES": str(chips), "PJRT_DEVICE": "CPU"} | more
     if dump:
         env["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train.*"
     command = [sys.executable, ROOT / "tests" / "spmd_steps.py", str(steps), *cases]
@@ -78,6 +78,21 @@ def test_no_collective_is_as_large_as_a_table(quick):
     # 25,011 rows, 8 to a line: each chip has a quarter of the lines, and updates it in place.
     assert "f32[782,128]" in module
     assert "f32[3128,128]" not in module
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_on_another_number_of_chips(tmp_path):
+    """Six steps, then six more: on four chips and one, on one and four, as on one alone."""
+    case = QUICK[0]
+    on_chips(1, 6, [case], SAVE=str(tmp_path / "one"))
+    on_chips(4, 6, [case], SAVE=str(tmp_path / "four"))
+    alone, after_four, after_one = (
+        on_chips(chips, 6, [case], LOAD=str(tmp_path / name))[case]
+        for chips, name in ((1, "one"), (1, "four"), (4, "one"))
+    )
+    for other in (after_four, after_one):
+        assert other["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        assert other["logits"] == pytest.approx(alone["logits"], abs=1e-3)
 
 
 @pytest.mark.slow
