@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import itertools
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,11 +161,20 @@ def open_xla_first() -> bool:
             torch_xla = importlib.import_module("torch_xla")
             runtime = importlib.import_module("torch_xla.runtime")
             if runtime.global_runtime_device_count() > 1:
+                _check_one_host(runtime.process_count())
                 runtime.use_spmd()
             torch_xla.device()
         finally:
             logging.disable(logging.NOTSET)
     return True
+
+
+def _check_one_host(processes: int) -> None:
+    if processes > 1:
+        raise UserError(
+            f"--device xla: {processes} processes share these chips, but only the chips of one host train together. "
+            "Start one process on one host with all of its chips, or take --device cuda or cpu under torchrun."
+        )
 
 
 def _as_it_is(step: Step, name: str) -> Step:
@@ -332,7 +342,7 @@ def _xla() -> Device:
         rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False)
         memory = machine_memory()
     else:
-        memory = 0.9 * torch_xla.core.xla_model.get_memory_info(device)["bytes_limit"]
+        memory = _chip_memory(lambda: torch_xla.core.xla_model.get_memory_info(device)["bytes_limit"])
     return Device(
         "xla",
         device,
@@ -352,6 +362,13 @@ def _xla() -> Device:
         loud,
         capturable=True,
     )
+
+
+def _chip_memory(read: Callable[[], int]) -> float:
+    try:
+        return 0.9 * read()
+    except RuntimeError:  # torch_xla does not tell it of the device that stands for all chips under SPMD
+        return math.inf
 
 
 def _in_memory_kept(compile: Callable[[Step, str], Step]) -> Callable[[Step, str], Step]:

@@ -5,10 +5,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 
 import pytest
 from conftest import ROOT, needs_xla
+from spmd_steps import make_steps
+
+from dlrm_xla.devices import _check_one_host, open_device
+from dlrm_xla.errors import UserError
 
 pytestmark = needs_xla
 
@@ -78,6 +83,21 @@ def test_no_collective_is_as_large_as_a_table(quick):
     # 25,011 rows, 8 to a line: each chip has a quarter of the lines, and updates it in place.
     assert "f32[782,128]" in module
     assert "f32[3128,128]" not in module
+
+
+def test_a_batch_that_chips_cannot_share_is_refused():
+    class Chips:
+        count = 3
+
+    device = open_device("xla")
+    device = replace(device, rows=replace(device.rows, chips=Chips()))
+    with pytest.raises(UserError, match="batch of 32 cannot be cut into equal parts for 3 chips: take --batch-size 33"):
+        make_steps("exact/sgd/0", device)
+
+
+def test_several_hosts_are_refused():
+    with pytest.raises(UserError, match="2 processes share these chips, but only the chips of one host train together"):
+        _check_one_host(2)
 
 
 @pytest.mark.slow
