@@ -108,6 +108,11 @@ class Module:
                 kinds |= self.inside(part)
         return kinds
 
+    def text_inside(self, operation: Operation) -> str:
+        """The lines of an operation and of what it calls."""
+        called = (part for name in operation.calls for part in self.computations.get(name, ()))
+        return "\n".join([operation.line, *map(self.text_inside, called)])
+
     def operands(self, operation: Operation) -> list[Array]:
         """The arrays that an operation reads."""
         return [array for name in operation.operands for array in self._results.get(name, ())]

@@ -7,14 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dlrm_xla.hlo import Array, Executed, Module, Operation
-from dlrm_xla.tpu import LINE_BYTES, Chip
+from dlrm_xla.tpu import Chip, lookup_seconds, update_seconds
 
-# Bundles (one a cycle) in the loops of machine code that libtpu 0.0.42 writes for v5e, for lines of 128 float32: 673
-# for 128 lines gathered, one asynchronous copy of 512 bytes each; 1,032 for 16 lines scattered, whose tiles of 8 lines
-# are read, changed and written whole, two waits for HBM not counted.
-GATHER_CYCLES_PER_LINE = 673 / 128
-SCATTER_CYCLES_PER_LINE = 1032 / 16
-SCATTER_BYTES_PER_LINE = (8 + 8 + 1) * LINE_BYTES
 # A vector register of 8 x 128 numbers of 32 bits is read and one is written per cycle.
 REGISTER_BYTES = 8 * 128 * 4
 # Below this an operation without a count is a number or a small vector, a few cycles.
@@ -52,9 +46,9 @@ def costs(module: Module, chip: Chip) -> list[Cost]:
 def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     """Time of an operation that the compiler gives no count.
 
-    A gather or scatter of n lines in HBM: the longer of issuing n copies and moving their bytes; on the chip, a line
-    per cycle. Any other: bytes in HBM over its bandwidth, or bytes on the chip at one vector register per cycle.
-    Latency is not in it; neither is overlap.
+    A gather or scatter of lines in HBM: `dlrm_xla.tpu.lookup_seconds`, `update_seconds`; on the chip, a line per cycle.
+    Any other: bytes in HBM over its bandwidth, or bytes on the chip at one vector register per cycle. Latency is not in
+    it; neither is overlap.
     """
     operation = executed.operation
     kinds = module.inside(operation)
@@ -65,10 +59,11 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
         lines = rows * -(-(large.dims[-1] if large.dims else 1) // 128)
         if large.space:
             return executed.times * lines / chip.clock_hz
-        scatter = "scatter" in kinds
-        issue = lines * (SCATTER_CYCLES_PER_LINE if scatter else GATHER_CYCLES_PER_LINE) / chip.clock_hz
-        moved = lines * (SCATTER_BYTES_PER_LINE if scatter else LINE_BYTES)
-        return executed.times * max(issue, moved / chip.hbm_bytes_per_second)
+        width = large.dims[-1] if large.dims else 1
+        if "scatter" not in kinds:
+            return executed.times * lookup_seconds(chip, rows, width)
+        is_sorted = "indices_are_sorted=true" in module.text_inside(operation)
+        return executed.times * update_seconds(chip, rows, large.dims, is_sorted=is_sorted)
     if kinds & {"dynamic-update-slice", "dynamic-slice"}:
         # What is updated in place, or read in part, is not moved: the smaller arrays are.
         largest = max((*operands, *results), key=lambda a: a.numbers)
