@@ -241,9 +241,12 @@ def test_ctrl_c_loses_nothing(tmp_path):
     out, err = child.communicate(timeout=120)
     assert child.returncode == 130, out + err
     assert "the same command goes on" in err
-    states = [json.loads(p.read_text()) for p in tmp_path.glob("o/cells/*/state.json")]
-    assert {s["status"] for s in states} == {"interrupted"}
+    # On a slow machine the first may have ended before the second began.
+    states = {p.parent: json.loads(p.read_text())["status"] for p in tmp_path.glob("o/cells/*/state.json")}
+    stopped = [cell for cell, status in states.items() if status == "interrupted"]
+    assert stopped
+    assert set(states.values()) <= {"interrupted", "finished"}
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 cells finished" in done.stdout
-    assert all("resumed from" in p.read_text() for p in tmp_path.glob("o/cells/*/log.txt"))
+    assert all("resumed from" in (cell / "log.txt").read_text() for cell in stopped)
