@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := xla,tensorly,distributed,tpu-compiler,studies,dev
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup lint results clean
 
 demo: .venv/.installed
 	$(BIN)/python launch/run.py --device xla --plugin tensorly_tt
@@ -17,6 +17,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/results.md, docs/paper.md and the README's table, from docs/results.csv
+results: .venv/.installed
+	$(BIN)/python launch/results.py
 
 setup: .venv/.installed
 

@@ -50,11 +50,11 @@ def _drawn(width: float = 6.6, height: float = 4.6, panels: int = 1) -> Iterator
             pyplot.close(figure)
 
 
-def saved(figure: Any, folder: Path | None, name: str) -> str:
+def saved(figure: Any, folder: Path | None, name: str, kinds: Sequence[str] = ("png", "pdf")) -> str:
     """The figure as inline SVG; with ``folder`` as PNG and PDF there too. Undated: equal figures are equal files."""
-    if folder is not None:
-        figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
+    for kind in kinds if folder is not None else ():
+        figure.savefig(Path(folder or "") / f"{name}.{kind}", dpi=200, metadata=undated[kind])
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip() or text.getvalue()
@@ -79,7 +79,15 @@ def pareto(points: Sequence[tuple[float, float]], highest: bool) -> list[int]:
     return found
 
 
-def quality(found: pd.DataFrame, metric: str, against: str, device: str, folder: Path | None, name: str) -> str:
+def quality(
+    found: pd.DataFrame,
+    metric: str,
+    against: str,
+    device: str,
+    folder: Path | None,
+    name: str,
+    kinds: Sequence[str] = ("png", "pdf"),
+) -> str:
     """A metric against bytes or speed, on one device: a line per plugin, bars of one standard error.
 
     Rings mark the Pareto front of the means; dashed lines are exact tables, the black line ``top_rows``.
@@ -122,7 +130,7 @@ def quality(found: pd.DataFrame, metric: str, against: str, device: str, folder:
             axes.set_xscale("log")
         if here["plugin"].nunique() <= _MOST_IN_LEGEND:
             figure.legend(loc="outside lower center", ncols=3)
-        return saved(figure, folder, name)
+        return saved(figure, folder, name, kinds)
 
 
 def scaling(times: pd.DataFrame, size: str, source: str, device: str, folder: Path | None, name: str) -> str:
