@@ -98,6 +98,11 @@ class Lookup:
             )
         return same.iloc[0]
 
+    def has(self, plugin: str, *ratios: float) -> bool:
+        """Whether the table has a method at all of these ratios, on CPU."""
+        mine = self.found[(self.found["plugin"] == plugin) & (self.found["device"] == "cpu")]
+        return set(ratios) <= set(mine["ratio"].fillna(0))
+
     def _linked(self, row: pd.Series, text: str) -> str:
         return f"[{text}](results.md#r{row.name})"
 

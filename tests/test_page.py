@@ -1,0 +1,127 @@
+"""Statistics over seeds, what is chosen by them, and the page."""
+
+import json
+import math
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import launch_script
+
+pytest.importorskip("scipy")
+pytest.importorskip("jinja2")
+
+from dlrm_xla_studies import choice, page, statistics
+from dlrm_xla_studies.families import growth
+from dlrm_xla_studies.figures import pareto
+from scipy import stats
+
+from dlrm_xla.errors import UserError
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def runs_of(methods, seeds=3, sizes=(10, 100, 1000), noise=0.0005):
+    rng = np.random.default_rng(0)
+    rows = []
+    for k, plugin in enumerate(["exact", *methods]):
+        for size in (0.0,) if plugin == "exact" else map(float, sizes):
+            for seed in range(seeds):
+                auc = 0.77 - 0.002 * k - 0.004 * math.log10(size or 1) + 0.001 * seed + noise * rng.normal()
+                rows.append(
+                    {
+                        "kind": "run", "plugin": plugin, "ratio": size, "device": "cpu", "preset": "small",
+                        "batch_size": 512, "min_count": 4, "row_lr": 0.02, "dim": 16, "data": "criteo.tsv",
+                        "data_digest": "a", "seed": seed, "auc": auc, "log_loss": 1.25 - auc,
+                        "embedding_bytes": int(2e7 / (size or 7.8)) + k, "exact_embedding_bytes": 20_000_000,
+                        "compression_ratio": size or 7.8, "training_bytes": int(3e7 / (size or 8) ** 0.5) + k,
+                        "table_rows": 1000, "train_samples_per_second": 9000.0 + k, "step_ms_median": 50.0,
+                        "validation_log_loss": 0.48, "versions": json.dumps({"torch": "2.9.0"}), "commit": "abc",
+                        "folder": f"runs/{plugin}-{size:g}-{seed}",
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_changes_are_paired_by_seed_with_students_intervals():
+    runs = runs_of(["hash_rows"], seeds=4)
+    found = statistics.summary(runs)
+    row = found[(found["plugin"] == "hash_rows") & (found["ratio"] == 100)].iloc[0]
+    mine = runs[(runs["plugin"] == "hash_rows") & (runs["ratio"] == 100)].sort_values("seed")["auc"].to_numpy()
+    exact = runs[runs["plugin"] == "exact"].sort_values("seed")["auc"].to_numpy()
+    test = stats.ttest_rel(mine, exact)
+    low, high = test.confidence_interval(0.95)
+    assert row["auc_change"] == pytest.approx((mine - exact).mean())
+    assert (row["auc_change_low"], row["auc_change_high"]) == pytest.approx((low, high))
+    assert row["auc_error"] == pytest.approx(stats.sem(mine))
+
+
+def test_nothing_is_ranked_without_seeds():
+    runs = runs_of(["hash_rows", "robe"], seeds=1)
+    found = statistics.summary(runs)
+    assert math.isnan(found["auc_error"].iloc[0])
+    assert choice.choices(runs, found) == []
+    assert "No ranking" in page.html(runs, "one")
+
+
+def test_the_choice_names_what_cannot_be_told_from_it():
+    runs = runs_of(["hash_rows", "robe"], noise=0.00001)
+    twin = runs[runs["plugin"] == "hash_rows"].assign(plugin="top_rows")
+    twin["auc"] += 0.0001 * np.array([1, -1, 0] * 3)
+    runs = pd.concat([runs, twin], ignore_index=True)
+    found = choice.choices(runs, statistics.summary(runs))
+    assert [d["size"] for d in found] == [10, 100, 1000]
+    last = found[-1]
+    assert {last["choice"]["plugin"], *(e["plugin"] for e in last["equals"])} == {"hash_rows", "top_rows"}
+    assert last["worse"] == 1
+    assert choice.verdict(last["change"]) == "worse than exact"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("data_digest", "b", "runs on different rows are mixed"),
+        ("exact_embedding_bytes", 5, "runs on different rows are mixed"),
+        ("seed", 1, "two runs of hash_rows on cpu have one seed"),
+    ],
+)
+def test_what_does_not_compare_is_refused(column, value, words):
+    runs = runs_of(["hash_rows"])
+    runs.loc[len(runs) - 1, column] = value
+    with pytest.raises(UserError, match=words):
+        page.html(runs, "mixed")
+
+
+def test_mixed_versions_are_warned_of():
+    runs = runs_of(["hash_rows"])
+    runs.loc[0, "versions"] = json.dumps({"torch": "2.8.0"})
+    assert "torch 2.8.0 and 2.9.0" in " ".join(statistics.check_alike(runs))
+
+
+def test_the_pareto_front_and_exponents():
+    points = [(1, 0.5), (2, 0.7), (3, 0.6), (4, 0.7), (5, 0.8)]
+    assert pareto(points, highest=True) == [0, 1, 4]
+    fitted = growth([10, 100, 1000], [2.0, 20.0, 200.0])
+    assert fitted.exponent == pytest.approx(1)
+    assert growth([10, 100], [1, 2]) is None
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_stay_below_3_mb_and_draw_quickly_in_a_browser(tmp_path):
+    """Chromium is handed the page without a network; its script has then filled the table, without an error."""
+    path = page.write(runs_of([f"method{k}" for k in range(111)]), tmp_path, "large")
+    assert path.stat().st_size < 3_000_000
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    for width in (390, 1280):
+        command = [*command[:5], f"--window-size={width},900", "--dump-dom", path.as_uri()]
+        drawn = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        assert drawn.count("<tr>") >= 1002
+        assert "1002 of 1002" in drawn
+
+
+def test_documents_are_what_the_table_makes_them(capsys):
+    assert launch_script("results").main(["--check"]) == 0, capsys.readouterr().out
