@@ -354,7 +354,7 @@ def _xla() -> Device:
         rows,
         tpu,
         memory,
-        _xla_parts,
+        _xla_parts if chips is None else lambda array: (p for s in chips.shards(array) for p in _parts(s)),
         _HOST_GENERATOR,
         place if chips is None else partial(chips.place, sharded=True),
         send if chips is None else chips.send,

@@ -28,7 +28,7 @@ from dlrm_xla.plan import on_meta
 from dlrm_xla.rows import RowTable
 from dlrm_xla.run_folder import PACKAGES
 
-WATCHED = (*PACKAGES, "torchvision", "tensorly-torch", "fbgemm-gpu", "jax", "libtpu")
+WATCHED = (*PACKAGES, "torchvision", "tensorly-torch", "fbgemm-gpu", "jax", "libtpu", "torch_tpu")
 OPENED = ("cpu", "cuda", "xla")
 
 

@@ -72,12 +72,13 @@ if __name__ == "__main__":
         packed = next(batches(1))
         logits = steps.evaluate(packed).tolist()
         now = steps.device.counters()
-        if "SAVE" in os.environ:
-            steps.save(Path(os.environ["SAVE"]), {})
         report[case] = {
             "losses": found,
             "logits": logits,
             "compiles": now.compiles - before.compiles,
             "fallbacks": now.fallbacks,
         }
+        if "SAVE" in os.environ:
+            steps.save(Path(os.environ["SAVE"]), {})
+            report[case]["compiles_to_save"] = steps.device.counters().compiles - now.compiles
     print(json.dumps({"chips": open_device("xla").rows.num_chips, "cases": report}))

@@ -105,7 +105,8 @@ def test_a_checkpoint_goes_on_on_another_number_of_chips(tmp_path):
     """Six steps, then six more: on four chips and one, on one and four, as on one alone."""
     case = QUICK[0]
     on_chips(1, 6, [case], SAVE=str(tmp_path / "one"))
-    on_chips(4, 6, [case], SAVE=str(tmp_path / "four"))
+    saved = on_chips(4, 6, [case], SAVE=str(tmp_path / "four"))
+    assert saved[case]["compiles_to_save"] == 0
     alone, after_four, after_one = (
         on_chips(chips, 6, [case], LOAD=str(tmp_path / name))[case]
         for chips, name in ((1, "one"), (1, "four"), (4, "one"))
