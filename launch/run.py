@@ -498,7 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if plan_only:
             device = open_device(config.device)
             dataset = open_data(config)[0] if config.data else None
-            plan = make_plan(config, device, device.planned, dataset)
+            plan = make_plan(config, device, device.planned, dataset, ranks)
             chips = device.planned.num_chips
             print(
                 f"as {device.planned.description} lays tables out{f', on each of {chips} chips' if chips > 1 else ''}:"
@@ -506,6 +506,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(planning.text(plan.bags, plan.training, plan.memory))
             if dataset:
                 print(plan.ratio())
+            if ranks.size > 1:
+                lengths = list(dataset.bag_lengths if dataset else config.synthetic_bags) or [1] * len(plan.tables)
+                several_ranks.check_settings(config, ranks)
+                shards = several_ranks.share_out(
+                    config, plan.tables, plan.make_bags, lengths, device, plan.memory, ranks
+                )
+                print(torchrec_plan.text(shards, ranks.size))
+            ranks.leave()
             return 0
         code = run(config, origins, resumed, ranks)
         ranks.leave()
