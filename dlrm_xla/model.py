@@ -73,7 +73,7 @@ class DotInteraction(nn.Module):
     def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
         vectors_BFD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
         pairs_BP: Tensor = _PairProducts.apply(vectors_BFD, self.pairs, self.places)  # type: ignore[no-untyped-call]
-        zeros_BZ = pairs_BP.new_zeros(len(pairs_BP), -self.out_width % 16)
+        zeros_BZ = pairs_BP.new_zeros(pairs_BP.shape[0], -self.out_width % 16)
         return torch.cat([dense_BD, pairs_BP, zeros_BZ], dim=1)
 
 
