@@ -117,8 +117,8 @@ def test_the_best_checkpoint_is_the_model_that_was_reported(tmp_path, capsys):
     assert launcher.main(flags) == 0
     report = json.loads((out / "report.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    aucs = {row["step"]: row["validation_auc"] for row in rows if "validation_auc" in row}
-    assert report["best_step"] == max(aucs, key=aucs.get)
+    losses = {row["step"]: row["validation_log_loss"] for row in rows if "validation_log_loss" in row}
+    assert report["best_step"] == min(losses, key=losses.get)
     assert report["stopped_early"], "this learning rate overfits"
     assert report["epochs"] < 3
 
