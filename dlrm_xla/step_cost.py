@@ -106,7 +106,7 @@ def whole_table_copies(module: Module, tables: Sequence[Table]) -> list[tuple[Ex
             if not _as_large(largest, numbers):
                 continue
             in_place = kinds & {"scatter", "dynamic-update-slice", "custom-call"}
-            if (table.sparse and not in_place) or (module.only_moves(operation) and _to_hbm(operation)):
+            if (table.sparse and not in_place) or (module.only_moves(operation) and _within_hbm(module, operation)):
                 found.append((executed, table))
                 break
     return found
@@ -116,6 +116,7 @@ def _as_large(numbers: int, table: int) -> bool:
     return table <= numbers < 1.1 * table
 
 
-def _to_hbm(operation: Operation) -> bool:
-    # A small table brought to memory on the chip is work that must be done.
-    return operation.results[0].space == 0
+def _within_hbm(module: Module, operation: Operation) -> bool:
+    # A small table brought to memory on the chip, and written back from there, is work that must be done.
+    arrays = [*module.operands(operation), operation.results[0]]
+    return all(a.space == 0 for a in arrays if a.numbers == operation.results[0].numbers)

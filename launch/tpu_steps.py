@@ -58,9 +58,10 @@ def kind_of(name: str) -> str:
 
 def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
     """The train and the forward step of a configuration, on shapes alone, and what replaced its tables."""
+    opened = open_device("xla")  # first, for it keeps torch_xla quiet about the CPU
     from dlrm_xla import xla_trace
 
-    device = xla_trace.on_shapes(open_device("xla"))
+    device = xla_trace.on_shapes(opened)
     plan = make_plan(config, device, device.rows, None)
     with torch.device("meta"):
         model = DLRM(
@@ -106,7 +107,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
         large = [
             Table(a.name, a.shape, a.name in tables and tables[a.name].placement == "sparse")
             for a in found.arguments
-            if kind_of(a.name) == "parameters" and math.prod(a.shape) >= 2**18
+            if a.name.startswith(("rows", "bags")) and math.prod(a.shape) >= 2**18
         ]
         traced.append(Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large))
     replaced = {p.name: p.plugin for p in plan.bags}
