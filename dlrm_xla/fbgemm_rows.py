@@ -28,7 +28,8 @@ class FbgemmRows:
     Models", has the operator.
     """
 
-    def __init__(self, rows: Tensor, states: list[Tensor], optimizer: str, eps: float) -> None:
+    def __init__(self, rows: Tensor, states: list[Tensor], optimizer: str, eps: float, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of parts of itself that it leaves out
             from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -57,12 +58,15 @@ class FbgemmRows:
         return plain and optimizer in _NAMES and not weight_decay
 
     def look_up(self, ids_N: Tensor, ends_G: Tensor) -> Tensor:
-        """Sums [G, D] of the rows of each bag, with the graph that ``update`` needs; ends_G [G + 1] from 0."""
+        """Sums [G, D] of the rows of each bag, with the graph that ``update`` needs; ends_G [G + 1] from 0.
+
+        The graph takes along the ``learning_rate`` of now: set later, it would count from the next lookup on.
+        """
+        self._bags.set_learning_rate(self.learning_rate)
         with torch.enable_grad():  # type: ignore[no-untyped-call]
             out: Tensor = self._bags(ids_N, ends_G)
         return out
 
-    def update(self, out_GD: Tensor, grads_GD: Tensor, learning_rate: float) -> None:
-        """Updates the rows that a lookup read by the gradients of its sums."""
-        self._bags.set_learning_rate(learning_rate)
+    def update(self, out_GD: Tensor, grads_GD: Tensor) -> None:
+        """Updates the rows that a lookup read by the gradients of its sums, at the lookup's learning rate."""
         torch.autograd.backward(out_GD, grads_GD)

@@ -168,7 +168,7 @@ class StackOptimizer(nn.Module):
     def step(self, stack: RowStack, learning_rate: float, step: Tensor) -> None:
         """Updates the rows looked up since the last step."""
         if stack.fbgemm is not None and len(stack.lookups) == 1 and (sums := stack.lookups[0].sums) is not None:
-            stack.fbgemm.update(sums, stack.lookups[0].bag_gradients()[0], learning_rate)
+            stack.fbgemm.update(sums, stack.lookups[0].bag_gradients()[0])
             return
         access = stack.device.rows
         if stack.placement == "sparse" and access.static_shapes:

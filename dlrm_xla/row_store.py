@@ -48,7 +48,7 @@ class RowStore:
         files: RowFiles | None = None,
         kernels: RowKernels = "own",
     ) -> None:
-        self.learning_rate = learning_rate
+        self._learning_rate = learning_rate
         # On the device: torch_xla makes equal numbers of a graph one input, so a count on the host that equals another
         # number of the step would be another graph.
         self._step = torch.zeros(1, dtype=torch.int32).to(device.torch_device)
@@ -69,8 +69,20 @@ class RowStore:
                 (device.place_rows if stack.placement == "sparse" else device.place)(module)
         for stack, optimizer in zip(self.stacks, self.optimizers, strict=True):
             if use_fbgemm(kernels, stack, settings):
-                stack.fbgemm = FbgemmRows(stack.rows, optimizer.states(), settings.name, settings.eps)
+                stack.fbgemm = FbgemmRows(stack.rows, optimizer.states(), settings.name, settings.eps, learning_rate)
         self._finite = FiniteWatch("table", len(members), device)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the steps to come; set before a step's lookups, for FBGEMM's take it along."""
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._learning_rate = rate
+        for stack in self.stacks:
+            if stack.fbgemm is not None:
+                stack.fbgemm.learning_rate = rate
 
     def runner(self, model: nn.Module) -> Callable[..., Tensor]:
         """The model as it is run."""

@@ -364,7 +364,8 @@ def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
         ids, weights, target = _batch(rng, dim=8)
         # Weighted bags take the other way, and both ways take turns.
         weights = weights if k % 5 == 0 else [torch.ones_like(w) for w in weights]
-        for step in steps:
+        for store, step in zip(stores, steps, strict=True):
+            store.learning_rate = 0.2 / (k + 1)
             step((ids, weights, target))
     assert [a.data_ptr() for a in stores[1].arrays()] == addresses
     for ours, theirs in zip(stores[0].arrays(), stores[1].arrays(), strict=True):
