@@ -211,6 +211,14 @@ def test_other_optimizers_cut_by_columns(optimizer, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_few_kills_of_the_campaign(tmp_path):
+    script = ROOT / "tests" / "campaigns" / "rank_kills.py"
+    command = [sys.executable, str(script), "--times", "4", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert json.loads(done.stdout)["failed"] == [], done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused(tmp_path):
     flags = settings_file(tmp_path)
     done = torchrun(3, *flags, "--out", tmp_path / "run")

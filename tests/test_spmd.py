@@ -114,3 +114,8 @@ def test_a_checkpoint_goes_on_on_another_number_of_chips(tmp_path):
     for other in (after_four, after_one):
         assert other["losses"] == pytest.approx(alone["losses"], abs=1e-4)
         assert other["logits"] == pytest.approx(alone["logits"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_every_optimizer_and_more_plugins_train_on_four_chips_as_on_one():
+    agree(SLOW, 50)
