@@ -48,7 +48,8 @@ def agree(cases, steps, dump=None):
     for case in cases:
         assert several[case]["losses"] == pytest.approx(single[case]["losses"], abs=1e-4), case
         assert several[case]["logits"] == pytest.approx(single[case]["logits"], abs=1e-3), case
-        assert several[case]["compiles"] == 2, f"{case}: one graph to train, one to evaluate"
+        graphs = several[case]["compiles"]  # one to train, one to evaluate, which an earlier case may have made
+        assert graphs == 2 if case == cases[0] else graphs in (1, 2), f"{case}: compiled {graphs} graphs"
         assert not several[case]["fallbacks"], case
         assert single[case]["losses"][-1] < single[case]["losses"][0], f"{case} learns"
 
