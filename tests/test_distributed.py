@@ -229,7 +229,8 @@ def test_ranks_that_differ_are_refused(tmp_path):
     assert "a batch of 64 does not split into 3 equal parts" in done.stderr
     script = tmp_path / "other.sh"
     script.write_text(f'exec {sys.executable} {RUN} "$@" --seed $RANK\n')
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
         [*command, "--no-python", "bash", str(script), *map(str, flags)], capture_output=True, text=True, timeout=120
     )
