@@ -155,6 +155,20 @@ class NoRunFolder:
         """Nothing."""
 
 
+def read_finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """A finished run's report, its settings, and the bytes that training its tables took; a UserError if it is none."""
+    try:
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is no finished run: {error.strerror} {error.filename}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: cannot read its report or config: {error}") from error
+    plain = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
+    trained = sum(t["padded"] + t["optimizer"] + t["gradient"] for t in report.get("tables", []))
+    return report, plain, trained
+
+
 def check_out(out: str) -> None:
     """Raises a UserError where a run may not write: a folder that holds files, or a file."""
     path = Path(out)

@@ -11,7 +11,6 @@ they do not compare.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
 
 from dlrm_xla.errors import UserError
+from dlrm_xla.run_folder import read_finished
 
 MARKERS = ("<!-- results: made by launch/compare.py -->", "<!-- end of results -->")
 # What may differ between runs that are compared; of every other setting there must be one value.
@@ -45,14 +44,8 @@ MAY_DIFFER = {
 
 def read(folder: Path) -> dict[str, Any]:
     """A run's report with its settings."""
-    try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
-    except OSError as error:
-        raise UserError(f"{folder} is no finished run: {error.strerror} {error.filename}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: cannot read its report or config: {error}") from error
-    report["settings"] = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
+    report, settings, trained = read_finished(folder)
+    report |= {"settings": settings, "training_bytes": trained}
     report["folder"] = str(folder)
     return report
 
@@ -92,9 +85,7 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"plugin": plugin, "ratio asked": ratio, "device": device, "rates": rates}
         row |= {"minimum count": count}
         row |= {"seeds": len(seeds), "bytes": round(statistics.mean(r["embedding_bytes"] for r in group))}
-        row["training bytes"] = round(
-            statistics.mean(sum(t["padded"] + t["optimizer"] + t["gradient"] for t in r["tables"]) for r in group)
-        )
+        row["training bytes"] = round(statistics.mean(r["training_bytes"] for r in group))
         row["ratio"] = group[0]["exact_embedding_bytes"] / row["bytes"]
         for name in ("auc", "log_loss"):
             values = [r[name] for r in group]

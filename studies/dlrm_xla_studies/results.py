@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from dlrm_xla.errors import UserError
+from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.grid import Cell
 from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
 
@@ -32,17 +31,10 @@ TIMES = ("train_samples_per_second", "step_ms_median", "seconds", "attempts", "m
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A training run's row: its report, flat, with the settings that tell it apart. UserError where it is none."""
-    try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
-    except OSError as error:
-        raise UserError(f"{folder} is no finished run: {error.strerror} {error.filename}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: cannot read its report or config: {error}") from error
-    plain = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
+    report, plain, trained = read_finished(folder)
     tables = report.pop("tables", [])
     row = {key: value for key, value in report.items() if not isinstance(value, dict | list)}
-    row["training_bytes"] = sum(t["padded"] + t["optimizer"] + t["gradient"] for t in tables)
+    row["training_bytes"] = trained
     row["table_rows"] = sum(t.get("rows", 0) for t in tables)
     row |= {key: _flat(plain[key]) for key in SETTINGS if key in plain}
     row["epochs_asked"] = plain.get("epochs")
