@@ -494,6 +494,39 @@ def test_whatever_a_log_holds_rows_are_read_or_named(tmp_path_factory, rows):
                 [parse(block, layout) for block in blocks]
 
 
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["label", "whole", "real", "hexadecimal", "integer", "time"]), st.text("0123 xX-+.eEfg", max_size=7)
+)
+def test_the_reader_of_lines_and_that_of_blocks_take_the_same_values(tmp_path_factory, place, text):
+    layout = layouts.Layout(
+        name="l", columns=("label", "whole", "real", "hexadecimal", "integer", "time"), delimiter=",", label="label",
+        dense={"whole" if place == "whole" else "real": "none"}, integers=place == "whole", time="time",
+        categories=(layouts.Category("hexadecimal", layouts.HEX), layouts.Category("integer", layouts.NUMBER)),
+    )  # fmt: skip
+    values = dict(zip(layout.columns, ["1", "2", "2", "ab", "7", "9"], strict=True)) | {place: text}
+    line = ",".join(values.values()).encode()
+    block = lines.Block(tmp_path_factory.getbasetemp() / "l.csv", line + b"\n", 1, lines.Place())
+    bad = problem_of(line, layout)
+    if bad is None:
+        assert len(parse(block, layout).labels) == 1
+    else:
+        with pytest.raises(UserError, match=r"l.csv, line 1: "):
+            parse(block, layout)
+
+
+@pytest.mark.parametrize("value", ["0x5", " 5", "05", str(2**63 - 1)])
+def test_integers_as_arrow_reads_them_are_good_rows(small_log, tmp_path, value):
+    text = small_log.read_text().splitlines()
+    fields = text[5].split("\t")
+    fields[5] = value
+    text[5], text[6] = "\t".join(fields), "no row"
+    small_log.write_text("\n".join(text))
+    data = prepared_by(tmp_path / "p", small_log, "--format", "criteo", "--max-bad-rows", 1)
+    assert data.dense[5, 4] == pytest.approx(np.log1p(int(value.strip(), 16 if "x" in value else 10)))
+    assert len(data.labels) == 699
+
+
 def test_a_folder_that_may_not_be_written_is_told(small_log, tmp_path, capsys):
     blocker = tmp_path / "file"
     blocker.write_text("")

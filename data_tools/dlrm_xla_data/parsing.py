@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv as python_csv
 import hashlib
-import math
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from dlrm_xla_data.lines import Block
 MISSING = np.iinfo(np.int64).min
 PARTS = ("train", "test", "validation")
 _PARQUET_ROWS = 2**17
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # Two ASCII bytes, read as one little-endian number -> the value of two hexadecimal digits, 0xFFFF for anything else.
 _DIGITS = {ord(c): int(c, 16) for c in "0123456789abcdefABCDEF"}
@@ -77,11 +79,17 @@ def parse(block: Block, layout: Layout, keep_good: bool = False) -> Parsed:
                 raise UserError(f"{block.path}, line {number}: {problem}") from misfit
             bad.append((block.path, number, problem))
         if not bad:
-            end = block.first_line + block.data.count(b"\n") - 1
-            raise UserError(f"{block.path}, lines {block.first_line} to {end}: {misfit}") from misfit
-        parsed = _columns(_read(b"".join(line + b"\n" for line in good), layout), layout)
+            raise UserError(f"{block.path}, lines {block.first_line} to {_last_line(block)}: {misfit}") from misfit
+        try:
+            parsed = _columns(_read(b"".join(line + b"\n" for line in good), layout), layout)
+        except Misfit as again:
+            raise UserError(f"{block.path}, lines {block.first_line} to {_last_line(block)}: {again}") from again
         parsed.bad = bad
         return parsed
+
+
+def _last_line(block: Block) -> int:
+    return block.first_line + block.data.count(b"\n") - 1
 
 
 def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[Parsed, int]]:
@@ -158,10 +166,11 @@ def _columns(table: Any, layout: Layout) -> Parsed:
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
             raise Misfit(f"dense column {name} is {column.type}, expected numbers")
         values = column.fill_null(0).to_numpy(zero_copy_only=False)
-        if transform == "log1p":
-            dense[:, k] = np.log1p(np.maximum(values, 0).astype(np.float32))
-        else:
-            dense[:, k] = values
+        with np.errstate(over="ignore"):  # what float32 does not hold is refused below
+            if transform == "log1p":
+                dense[:, k] = np.log1p(np.maximum(values, 0).astype(np.float32))
+            else:
+                dense[:, k] = values
     if not np.isfinite(dense).all():
         raise Misfit("a dense value is not finite, or not within float32")
     codes, lengths = [], []
@@ -316,23 +325,23 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
         return f"{len(fields)} {parted}columns, expected {len(layout.columns)}: {', '.join(_named(layout))}"
     values = dict(zip(layout.columns, fields, strict=True))
     label = values[layout.label]
-    if layout.above is None and label not in (b"0", b"1"):
+    if layout.above is None and _integer(label, 8) not in (0, 1):
         return f"the label is {_shown(label)}, expected 0 or 1"
     if layout.above is not None and not _is_number(label):
         return f"the label is {_shown(label)}, expected a number"
     for name in layout.dense:
         value = values.get(name, b"")
-        if layout.integers and value and not _is_integer(value):
+        if layout.integers and value and _integer(value) is None:
             return f"column {name} is {_shown(value)}, expected an integer or nothing"
-        if not layout.integers and value and not (_is_number(value) and abs(float(value)) < 3e38):
+        if not layout.integers and value and not _is_number(value, _FLOAT32_MAX):
             return f"column {name} is {_shown(value)}, expected a number or nothing"
     for category in layout.categories:
         value = values.get(category.name, b"")
         if value and category.kind == HEX and (len(value) > 8 or any(b not in _DIGITS for b in value)):
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[HEX]}"
-        if value and category.kind == NUMBER and not _is_integer(value):
+        if value and category.kind == NUMBER and _integer(value) is None:
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[NUMBER]}"
-    if layout.time and not _is_integer(values[layout.time]):
+    if layout.time and _integer(values[layout.time]) is None:
         return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer: it orders the rows"
     if layout.split and values[layout.split] not in [p.encode() for p in PARTS]:
         return f"column {layout.split} is {_shown(values[layout.split])}, expected one of {', '.join(PARTS)}"
@@ -346,16 +355,22 @@ def _named(layout: Layout) -> list[str]:
     return names if len(names) < 8 else [*names[:4], "...", names[-1]]
 
 
-def _is_integer(value: bytes) -> bool:
-    digits = value.removeprefix(b"-")
-    return digits.isdigit() and len(digits) < 19
+def _integer(value: bytes, bits: int = 64) -> int | None:
+    """The number that Arrow reads, None where it reads none: spaces around it and hexadecimal digits are well."""
+    text = value.strip(b" \t")
+    if re.fullmatch(rb"0[xX][0-9a-fA-F]{1,%d}" % (bits // 4), text):
+        number = int(text, 16)
+        return number - (number >> (bits - 1) << bits)
+    if not re.fullmatch(rb"-?[0-9]+", text):
+        return None
+    number = int(text)
+    return number if -(2 ** (bits - 1)) <= number < 2 ** (bits - 1) else None
 
 
-def _is_number(value: bytes) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
+def _is_number(value: bytes, most: float = sys.float_info.max) -> bool:
+    """Whether Arrow reads a finite number of at most this size."""
+    text = value.strip(b" \t")
+    return bool(re.fullmatch(rb"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text)) and abs(float(text)) <= most
 
 
 def _shown(value: bytes) -> str:
