@@ -147,7 +147,8 @@ def scaling(times: pd.DataFrame, size: str, source: str, device: str, folder: Pa
             axes.plot(points.index, points.values, label=label, color=COLOURS[k % len(COLOURS)],
                       marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.1)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel=words[size], ylabel="ms per step (median)")
-        figure.legend(loc="outside lower center", ncols=2)
+        if here["family"].nunique() <= _MOST_IN_LEGEND:
+            figure.legend(loc="outside lower center", ncols=2)
         return saved(figure, folder, name)
 
 
