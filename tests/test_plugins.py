@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_xla
+from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
@@ -32,6 +33,7 @@ COMPOSITIONS = [
     "hash_rows:rows=4000+tensorly_tt:rank=3",
     "hash_rows:rows=1500,method=signed",
     "hot_cold:hot=200+tensorly_tt",
+    "tensorly_tt:rank=16",
     "hot_cold:hot=100+hash_rows:rows=500+random_projection",
     "quotient_remainder+int4",
     "frequency_bands:full_rows=16,width=2+int4",
@@ -92,6 +94,24 @@ def test_grouped_products_are_those_of_single_lookups_with_their_gradients(count
     first, second, third = (core[i.long()] for core, i in zip(cores, digits, strict=True))
     expected = ((first @ second).view(count, 8, 3) @ third).flatten(1)
     found = train_rows(cores, digits)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, cores, grad), torch.autograd.grad(expected, cores, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 5), (40, 5), (40, 100), (64, 1), (333, 21)])
+def test_products_of_distinct_ids_are_those_of_single_lookups_with_their_gradients(count, rows):
+    torch.manual_seed(0)
+    cores = [torch.randn(rows, 2, 3), torch.randn(rows, 3, 4 * 3), torch.randn(rows, 3, 2)]
+    cores = [c.double().requires_grad_() for c in cores]
+    ids = (torch.rand(count) ** 3 * rows**3).to(torch.int32)  # skewed, with duplicates
+    digits = np.unravel_index(ids.numpy(), (rows, rows, rows))
+    first, second, third = (core[torch.from_numpy(i)] for core, i in zip(cores, digits, strict=True))
+    expected = ((first @ second).view(count, 8, 3) @ third).flatten(1)
+    found = distinct_rows(cores, ids)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
     for ours, theirs in zip(

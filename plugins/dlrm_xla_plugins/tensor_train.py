@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
+from dlrm_xla_plugins.distinct_trains import distinct_rows, has_values
 from dlrm_xla_plugins.grouped_trains import train_rows
 
 # Numbers in a slice of the middle core from which on grouping pays: forward and backward of 2048 lookups take 4.3
@@ -73,18 +74,23 @@ class TensorTrainBag(nn.Module):
         ids_N = ids_BL.reshape(-1)
         _, n2, n3 = self.rows
         d1, d2, d3 = self.columns
-        i3_N = ids_N % n3
-        i12_N = divide_ids(ids_N, n3)
-        i2_N = i12_N % n2
-        i1_N = divide_ids(i12_N, n2)
+        cores = self.core1, self.core2, self.core3
         # Groups have a size for each number of lookups; an exported program takes any number.
-        if self.rank**2 * d2 >= GROUPED and not torch.compiler.is_exporting():
-            rows_ND = train_rows((self.core1, self.core2, self.core3), (i1_N, i2_N, i3_N))
+        grouped = self.rank**2 * d2 >= GROUPED and not torch.compiler.is_exporting()
+        if grouped and has_values(ids_N):
+            rows_ND = distinct_rows(cores, ids_N)
         else:
-            first = self.core1.index_select(0, i1_N)
-            second = self.core2.index_select(0, i2_N)
-            left = torch.bmm(first, second).view(-1, d1 * d2, self.rank)
-            rows_ND = torch.bmm(left, self.core3.index_select(0, i3_N)).flatten(1)
+            i3_N = ids_N % n3
+            i12_N = divide_ids(ids_N, n3)
+            i2_N = i12_N % n2
+            i1_N = divide_ids(i12_N, n2)
+            if grouped:
+                rows_ND = train_rows(cores, (i1_N, i2_N, i3_N))
+            else:
+                first = self.core1.index_select(0, i1_N)
+                second = self.core2.index_select(0, i2_N)
+                left = torch.bmm(first, second).view(-1, d1 * d2, self.rank)
+                rows_ND = torch.bmm(left, self.core3.index_select(0, i3_N)).flatten(1)
         if d1 * d2 * d3 > self.table.dim:
             rows_ND = rows_ND[:, : self.table.dim]
         if ids_BL.shape[1] == 1:
