@@ -76,6 +76,15 @@ def test_randomized_svd_loses_a_hundredth_more_at_most(weight, lookups, weighted
     torch.testing.assert_close(basis @ basis.t(), torch.eye(3), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mixed_dim_takes_the_best_rows_of_its_width(weight, lookups, weighted):
+    given = lookups if weighted else None
+    narrow = _fitted("mixed_dim:full_rows=3,alpha=0.3", weight, given)
+    assert narrow.matrix.shape == (3, DIM), "12 (3 / 300)^0.3 = 3.01"
+    torch.testing.assert_close(_rows(narrow), _best(weight, 3, given), atol=1e-5, rtol=0)
+    assert torch.equal(_rows(_fitted("mixed_dim:full_rows=300", weight, given)), weight), "a short table stays exact"
+
+
 def test_a_flat_spectrum_costs_the_randomized_one_no_more_than_its_bound():
     flat = torch.from_numpy(np.random.default_rng(1).normal(size=(2000, 64)).astype(np.float32))
     rows = TrainedRows.of(flat)

@@ -26,11 +26,12 @@ def frequency_bands(table: Table, inner: MakeBag, *, full_rows: int = 64, width:
 
     What few lookups cannot tell of an id is that of its band. Id 0, missing or unseen, has a row of its own and the
     rarest band's C, for that is what an unseen id most likely is. Keeps, with F_b ids in band b of width d_b,
-    sum_b (F_b d_b + dim) + sum_{b > 0} d_b dim numbers: no less than width / dim of a large table. C and Z_b start with
-    1/sqrt(2) of the exact table's standard deviation, P_b normal(0, 1/d_b).
+    4 (sum_b (F_b d_b + dim) + sum_{b > 0} d_b dim) bytes: no less than width / dim of a large table. C and Z_b start
+    with 1/sqrt(2) of the exact table's standard deviation, P_b normal(0, 1/d_b).
 
-    Baevski & Auli 2019, "Adaptive Input Representations for Neural Language Modeling", section 3, for the widths;
-    Ginart et al. 2021, "Mixed Dimension Embeddings", for such bands in a DLRM. The shared rows are this project's.
+    Baevski & Auli 2019, "Adaptive Input Representations for Neural Language Modeling", section 3, for bands of falling
+    width d / k^(n - 1) with a projection each; Ginart et al. 2021, "Mixed Dimension Embeddings", for widths that fall
+    with frequency in a DLRM. The shared rows are this project's.
     """
     if full_rows < 1 or not 1 <= width <= table.dim:
         raise ValueError(

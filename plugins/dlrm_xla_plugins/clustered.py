@@ -24,8 +24,8 @@ def cce(table: Table, inner: MakeBag, *, rows: int = 256, columns: int = 2) -> n
         e_i = [A_1[a_1(i)] + B_1[b_1(i)], ..., A_c[a_c(i)] + B_c[b_c(i)]],   c = ``columns`` parts of dim / c numbers
 
     After each validation in training (`refresh`) a_k becomes the cluster of id i among the vectors A_k + B_k of all
-    ids, A_k the clusters' centres, b_k a new hash, and B_k zero. Keeps 2 rows x dim numbers and c codes an id, of one
-    byte up to 256 rows and two above. Ends a composition: it asks ``inner`` for nothing.
+    ids, A_k the clusters' centres, b_k a new hash, and B_k zero. Keeps 8 rows dim bytes and c codes an id, of one byte
+    up to 256 rows and two above. Ends a composition: it asks ``inner`` for nothing.
 
     Tsang & Ahle 2023, "Clustering the Sketch: Dynamic Compression for Embedding Tables", algorithm 1; it clusters once
     an epoch.

@@ -21,7 +21,7 @@ def quotient_remainder(
 
         e_i = Q[i // collisions] op R[i mod collisions]
 
-    Keeps (ceil(num_rows / collisions) + collisions) x dim numbers, and every id still has a row of its own. Rows
+    Keeps 4 (ceil(num_rows / collisions) + collisions) dim bytes, and every id still has a row of its own. Rows
     are multiplied before the bag is summed. Q starts like the exact table and R with standard deviation 1 (mult),
     or each with 1/sqrt(2) of the exact table's (add), so that their combination starts like the exact table.
 
@@ -40,8 +40,8 @@ def compositional(
 
         e_i = Q[i // c] op R_1[j_1] op ... op R_k-1[j_k-1],   i mod c -> digits j, radix ceil(c^(1 / (parts - 1)))
 
-    Keeps (ceil(num_rows / c) + (parts - 1) radix) x dim numbers, c = radix^(parts - 1) >= collisions: down to about
-    parts x num_rows^(1 / parts) x dim, and every id still has a row of its own. Starts as ``quotient_remainder``.
+    Keeps 4 (ceil(num_rows / c) + (parts - 1) radix) dim bytes, c = radix^(parts - 1) >= collisions: down to about
+    4 parts num_rows^(1 / parts) dim, and every id still has a row of its own. Starts as ``quotient_remainder``.
 
     Shi et al. 2020, "Compositional Embeddings Using Complementary Partitions", section 3, generalized
     quotient-remainder partitions.

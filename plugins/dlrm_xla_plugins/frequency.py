@@ -20,7 +20,9 @@ def top_rows(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
 
         e_i = W[min(i, rows - 1)],  id 0, missing, among those with a row of its own
 
-    Keeps rows x dim numbers; a table with no more rows stays as it is.
+    Keeps 4 rows dim bytes; a table with no more rows stays as it is.
+
+    No paper: what a filter of rare ids does, with its number of rows given.
     """
     if rows < 2:
         raise ValueError(f"top_rows: rows is {rows}, but must be at least 2: one for missing ids, one for the rest")
@@ -36,11 +38,12 @@ def hot_cold(table: Table, inner: MakeBag, *, hot: int = 1000) -> nn.Module:
 
         e_i = H[i] for i < hot,  else inner's row i - hot + 1
 
-    Keeps hot x dim numbers and what ``inner`` keeps of the other rows; write it before another plugin, as in
+    Keeps 4 hot dim bytes and what ``inner`` keeps of the other rows; write it before another plugin, as in
     ``hot_cold:hot=500+tensorly_tt``. A table of no more than ``hot`` rows stays as it is.
 
-    Zhang et al. 2023, "Experimental Analysis of Large-scale Learnable Vector Storage Compression" (VLDB 2024), compare
-    such splits; CAFE (Zhang et al. 2024) finds the hot ids online, and counting them beforehand does as well.
+    Zhang et al. 2024, "CAFE: Towards Compact, Adaptive, and Fast Embedding for Large-scale Recommendation Models": a
+    row of its own for each hot feature, hashed ones for the rest. It finds the hot ones online by a sketch (HotSketch);
+    here ids come in the order of their counts.
     """
     if hot < 1:
         raise ValueError(f"hot_cold: hot is {hot}, but must be at least 1")

@@ -18,8 +18,8 @@ def dhe(table: Table, inner: MakeBag, *, width: int = 64, hashes: int = 32) -> n
 
         x_k(i) = 2 hash_k(i) / 2^31 - 1,  e_i = std W3 mish(W2 mish(W1 x + b1) + b2)
 
-    Keeps hashes x width + width^2 + width x dim numbers and two biases, whatever the number of rows. Ends a
-    composition: it asks ``inner`` for nothing. Every lookup costs that many multiplications, with no gather.
+    Keeps 4 (hashes width + width^2 + width dim + 2 width) bytes, the last term biases, whatever the number of rows.
+    Ends a composition: it asks ``inner`` for nothing. A lookup takes a multiplication for each weight, and no gather.
 
     Kang et al. 2021, "Learning to Embed Categorical Features without Embedding Tables for Recommendation",
     section 4.

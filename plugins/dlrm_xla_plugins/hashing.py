@@ -25,7 +25,7 @@ def hash_rows(
         e_i = s(i) W[h(i)],  h(0) = 0,  h(i) = 1 + hash(i - 1) mod (rows - 1),  s(i) = 1, or +-1 with ``signed``
 
     With ``mod`` and ``signed`` the ``rows`` - 1 hottest ids never meet each other, because ids are ordered by
-    frequency. The row for missing ids is shared with nobody. Keeps rows x dim numbers; a table with no more rows
+    frequency. The row for missing ids is shared with nobody. Keeps 4 rows dim bytes; a table with no more rows
     stays as it is.
 
     Weinberger et al. 2009, "Feature Hashing for Large Scale Multitask Learning", section 2.
@@ -85,10 +85,11 @@ def double_hash(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
 
         e_i = W[i] for i < rows / 2,  else (W[h1(i)] + W[h2(i)]) / sqrt(2),  h1, h2 from rows / 2 to rows - 1
 
-    Two rare ids share their vector only if they share both rows. Keeps rows x dim numbers; a table with no more rows
+    Two rare ids share their vector only if they share both rows. Keeps 4 rows dim bytes; a table with no more rows
     stays as it is.
 
-    Zhang et al. 2020, "Model Size Reduction Using Frequency Based Double Hashing for Recommender Systems".
+    Zhang et al. 2020, "Model Size Reduction Using Frequency Based Double Hashing for Recommender Systems", figure 3:
+    frequency hashing for frequent features, double hashing for the rest. Frequent ids need no table of their own here.
     """
     if rows < 4:
         raise ValueError(f"double_hash: rows is {rows}, but must be at least 4: two for hot ids, two for the rest")
@@ -104,7 +105,7 @@ def count_sketch(table: Table, inner: MakeBag, *, rows: int = 2000, hashes: int 
 
         e_i = (s_1(i) W[h_1(i)] + ... + s_k(i) W[h_k(i)]) / sqrt(k),  each h_k into a part of rows / k rows of its own
 
-    Keeps rows x dim numbers. All ids are treated alike; ``double_hash`` tells the frequent ones apart.
+    Keeps 4 rows dim bytes. All ids are treated alike; ``double_hash`` tells the frequent ones apart.
 
     The adjoint of the sketch of Charikar, Chen, Farach-Colton 2002, "Finding Frequent Items in Data Streams",
     section 3.
@@ -195,7 +196,7 @@ def hash_embeddings(table: Table, inner: MakeBag, *, rows: int = 1000, hashes: i
 
         e_i = p[i, 1] B[h_1(i)] + ... + p[i, k] B[h_k(i)]
 
-    Keeps rows x dim + num_rows x k numbers, so no less than k / dim of the exact table. B starts like the exact
+    Keeps 4 (rows dim + num_rows k) bytes, so no less than k / dim of the exact table. B starts like the exact
     table, p with variance 1 / k.
 
     Svenstrup, Hansen, Winther 2017, "Hash Embeddings for Efficient Word Representations", section 3.
@@ -211,10 +212,11 @@ def memcom(table: Table, inner: MakeBag, *, rows: int = 1000) -> nn.Module:
 
         e_i = v[i] U[i mod rows]
 
-    Keeps rows x dim + num_rows numbers, so no less than 1 / dim of the exact table. U starts like the exact table, v
+    Keeps 4 (rows dim + num_rows) bytes, so no less than 1 / dim of the exact table. U starts like the exact table, v
     with variance 1.
 
-    Pansare et al. 2022, "Learning Compressed Embeddings for On-Device Inference" (MEmCom).
+    Pansare et al. 2022, "Learning Compressed Embeddings for On-Device Inference" (MEmCom, MLSys 2022): a table that
+    entities share by hashing, and a second one of a weight for each entity.
     """
     if rows < 1:
         raise ValueError(f"memcom: rows is {rows}, but must be at least 1")
@@ -259,10 +261,12 @@ def robe(table: Table, inner: MakeBag, *, blocks: int = 4000, width: int = 4) ->
 
         e_i = [s_1(i) A[h_1(i)], ..., s_c(i) A[h_c(i)]],  c = ceil(dim / width) blocks of ``width`` numbers, s = +-1
 
-    Keeps blocks x width numbers per table. Blocks begin at multiples of their width, so that a lookup is a row of the
-    row store; the paper's begin anywhere. Each table has an array of its own, capped with the table's budget.
+    Keeps 4 blocks width bytes. Blocks begin at multiples of their width, so that a lookup is a row of the row store;
+    the paper's begin anywhere. Each table has an array of its own, capped with the table's budget; the paper's is one
+    for all tables.
 
-    Desai, Chou, Shrivastava 2022, "Random Offset Block Embedding Array (ROBE)".
+    Desai, Chou, Shrivastava 2022, "Random Offset Block Embedding Array (ROBE) for CriteoTB Benchmark MLPerf DLRM
+    Model", ROBE-Z with Z = ``width``, its universal hash (equation 2) replaced by that of ``hashes.py``.
     """
     if blocks < 1 or not 1 <= width <= table.dim:
         raise ValueError(

@@ -20,9 +20,8 @@ def pq(table: Table, inner: MakeBag, *, bits: int = 4, width: int = 2) -> nn.Mod
 
         e_i = [C_1[q_1(i)], ..., C_p[q_p(i)]],  q_k(i) = argmin_j |W[i]_k - C_k[j]|,  p = ceil(dim / width) parts
 
-    Keeps num_rows x p x bits / 8 bytes of codes, rounded up per row, and 2^bits x p x width numbers. Training keeps W
-    in float32; the gradient of e_i goes to the centroids chosen and, straight through, to W[i]. W and C start like the
-    exact table.
+    Keeps num_rows ceil(p bits / 8) bytes of codes and 4 2^bits p width of centroids. Training keeps W in float32; the
+    gradient of e_i goes to the centroids chosen and, straight through, to W[i]. W and C start like the exact table.
 
     Jegou, Douze, Schmid 2011, "Product Quantization for Nearest Neighbor Search"; Chen, Li, Sun 2020, "Differentiable
     Product Quantization for End-to-End Embedding Compression", section 2.3.

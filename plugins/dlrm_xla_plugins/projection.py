@@ -31,7 +31,7 @@ def random_projection(
     ``gaussian``: normal(0, 1/dim). ``sparse_sign``: s = ceil(dim / 3) entries of each column are +-1/sqrt(s), the
     others 0: a third is Achlioptas's density, and a fixed number per column leaves none empty (Kane & Nelson).
     ``very_sparse_sign``: s = ceil(dim / sqrt(D)), the density of Li, Hastie and Church.
-    Keeps num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
+    Keeps 4 dim (num_rows + D) bytes. Rows start with the exact table's standard deviation.
 
     Johnson & Lindenstrauss 1984; Achlioptas 2003, "Database-friendly random projections", theorem 1.1; Li, Hastie,
     Church 2006, "Very Sparse Random Projections", section 3; Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss
@@ -59,7 +59,7 @@ def srht(table: Table, inner: MakeBag, *, dim: int = 4) -> nn.Module:
         e_i = S[i] P,   P [dim, D] = sqrt(1 / dim) R H F: F random signs, H a Hadamard matrix, R ``dim`` of its rows
 
     P's rows are orthogonal, so nothing of a narrow row is lost, where gaussian ones may nearly coincide. Keeps
-    num_rows x dim + dim x D numbers. Rows start with the exact table's standard deviation.
+    4 dim (num_rows + D) bytes. Rows start with the exact table's standard deviation.
 
     Ailon & Chazelle 2009, "The Fast Johnson-Lindenstrauss Transform"; Tropp 2011, "Improved Analysis of the Subsampled
     Randomized Hadamard Transform", section 1.

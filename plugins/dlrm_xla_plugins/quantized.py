@@ -26,12 +26,18 @@ def int8(table: Table, inner: MakeBag) -> nn.Module:
 
 
 def int4(table: Table, inner: MakeBag) -> nn.Module:
-    """Rows of 4-bit integers and a scale each, with quantization-aware training; formula and sources as ``int8``."""
+    """Rows of 4-bit integers and a scale each, with quantization-aware training; formula and sources as ``int8``.
+
+    Keeps num_rows (ceil(dim / 2) + 2) bytes.
+    """
     return _quantized(table, inner, 4)
 
 
 def int2(table: Table, inner: MakeBag) -> nn.Module:
-    """Rows of 2-bit integers and a scale each, with quantization-aware training; formula and sources as ``int8``."""
+    """Rows of 2-bit integers and a scale each, with quantization-aware training; formula and sources as ``int8``.
+
+    Keeps num_rows (ceil(dim / 4) + 2) bytes.
+    """
     return _quantized(table, inner, 2)
 
 

@@ -83,12 +83,12 @@ def dedup(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
 
         e_i = W[map[i]]
 
-    Keeps rows x dim numbers and two bytes an id for the map. Without a table to merge the map starts as a hash, the
+    Keeps 4 rows dim bytes and two bytes an id for the map. Without a table to merge the map starts as a hash, the
     ``rows`` - 1 most frequent ids apart; taken over from a trained table it merges rows that are alike. A table with no
     more rows stays as it is.
 
-    Zhang et al. 2023, "Experimental Analysis of Large-scale Learnable Vector Storage Compression" (VLDB 2024), compare
-    such merging.
+    Zhang et al. 2023, "Experimental Analysis of Large-scale Learnable Vector Storage Compression" (VLDB 2024), method
+    Dedup: it finds blocks that are alike by locality-sensitive hashing; here rows are merged, by k-means.
     """
     if not 2 <= rows < 2**15:
         raise ValueError(f"dedup: rows is {rows}, but must be from 2 to 32,767, for the map has two bytes an id")

@@ -29,7 +29,7 @@ def svd(
         W = U S V^T,   e_i = U'[i] V',   U' = U_r S_r = W V_r   [num_rows, rank],   V' = V_r^T   [rank, dim]
 
     ``optimal``: by ``top_directions``, of all maps with that many numbers a row the least squared error (weighted by
-    lookups where they are given). ``randomized``: by ``random_directions``. Keeps num_rows x rank + rank x dim numbers.
+    lookups where they are given). ``randomized``: by ``random_directions``. Keeps 4 rank (num_rows + dim) bytes.
     Trained from the start it is ``low_rank``. U' may be approximated further, as in ``svd+int4``.
 
     Eckart & Young 1936, "The Approximation of One Matrix by Another of Lower Rank"; Halko, Martinsson, Tropp 2011,

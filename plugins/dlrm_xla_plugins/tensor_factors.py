@@ -23,7 +23,7 @@ def tensorly_cp(table: Table, inner: MakeBag, *, rank: int = 32, block: bool = F
 
     With ``block`` the columns are digits too, j -> (j1, j2, j3), and D[j] = U[j1] * V[j2] * W[j3].
 
-    Keeps rank (n1 + n2 + n3 + dim) numbers, dim replaced by d1 + d2 + d3 with ``block``. Ends a composition: it asks
+    Keeps 4 rank (n1 + n2 + n3 + dim) bytes, dim replaced by d1 + d2 + d3 with ``block``. Ends a composition: it asks
     ``inner`` for nothing. A, B and C start with variance 1, D normal with start_std^2; the product meets D divided by
     sqrt(rank), so that a step of Adam, which moves each number of D by its rate, moves a row no more than rank^(1/2)
     times as far as at rank 1. Undivided it would be rank times, and larger sizes would learn worse than smaller ones.
@@ -44,8 +44,8 @@ def tensorly_tucker(table: Table, inner: MakeBag, *, rank: int = 6, block: bool 
     With ``block`` the columns are digits too, and the core is [rank, rank, rank, s1, s2, s3] times a factor [d_k, s_k]
     of each, s_k = min(rank, d_k).
 
-    Keeps rank (n1 + n2 + n3) + rank^3 dim numbers; without ``block`` the column's own factor is part of the core, which
-    it would only widen again. Ends a composition: it asks ``inner`` for nothing. All start with the variance that
+    Keeps 4 (rank (n1 + n2 + n3) + rank^3 dim) bytes; without ``block`` the column's own factor is part of the core,
+    which it would only widen again. Ends a composition: it asks ``inner`` for nothing. All start with the variance that
     gives rows the exact table's. The factors' product, of rank^3 numbers, meets G divided by rank^(3/2): see
     ``tensorly_cp``.
 
