@@ -153,9 +153,15 @@ def test_pruned_rows_keep_their_largest_numbers(weight):
 
 
 @pytest.mark.parametrize(
-    "spec", ["svd:rank=3", "count_sketch:rows=60", "hash_rows:rows=60", "pq:bits=3", "dedup:rows=40"]
+    "spec",
+    [
+        *("svd:rank=3", "count_sketch:rows=60", "hash_rows:rows=60", "pq:bits=3", "dedup:rows=40"),
+        *("tensorly_tt:rank=5", "tensorly_cp:rank=30", "tensorly_tucker:rank=4"),
+    ],
 )
 def test_weights_lower_the_error_of_lookups(weight, lookups, spec):
+    if "tensorly" in spec:
+        pytest.importorskip("tensorly")
     rows = TrainedRows.of(weight)
     alike = table_error(_fitted(spec, weight), rows, lookups)
     weighted = table_error(_fitted(spec, weight, lookups), rows, lookups)

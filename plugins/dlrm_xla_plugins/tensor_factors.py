@@ -12,7 +12,7 @@ from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.errors import UserError
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
-from dlrm_xla_plugins.tensor_train import column_radices, row_radices
+from dlrm_xla_plugins.tensor_train import column_radices, first_digit_scales, row_radices
 
 
 @sized("rank", lambda table: range(1, 4097))
@@ -94,8 +94,10 @@ def _pooled(rows_ND: Tensor, weights_BL: Tensor) -> Tensor:
     return (rows_ND * weights_BL.reshape(-1, 1)).view(*weights_BL.shape, -1).sum(1)
 
 
-def _digit_tensor(rows: TrainedRows, radices: tuple[int, int, int]) -> np.ndarray:
-    return rows.padded(math.prod(radices), rows.dim).reshape(*radices, rows.dim)
+def _digit_tensor(rows: TrainedRows, radices: tuple[int, int, int], scales: np.ndarray) -> np.ndarray:
+    padded = rows.padded(math.prod(radices), rows.dim)
+    scaled: np.ndarray = padded.reshape(len(scales), -1) * scales
+    return scaled.reshape(*radices, rows.dim)
 
 
 class CPBag(_DigitFactors):
@@ -125,14 +127,20 @@ class CPBag(_DigitFactors):
         return columns[: self.table.dim]
 
     def set_table(self, rows: TrainedRows) -> None:
-        """The factors that tensorly's alternating least squares finds, of all rows at once; lookups do not count."""
+        """The factors that tensorly's alternating least squares finds, of all rows at once.
+
+        Rows count by ``first_digit_scales``.
+        """
         import tensorly as tl
         from tensorly.decomposition import parafac
 
         if len(self.columns) > 1:
             raise UserError("tensorly_cp with block=true cannot be made from a trained table; leave block out")
+        scales = first_digit_scales(rows, self.rows)
         with tl.backend_context("numpy", local_threadsafe=True):
-            found = parafac(_digit_tensor(rows, self.rows), self.rank, init="random", random_state=0)
+            tensor = _digit_tensor(rows, self.rows, scales)
+            found = parafac(tensor, self.rank, init="random", random_state=0)
+        found.factors[0] = found.factors[0] / scales
         with torch.no_grad():
             for k, (target, factor) in enumerate(
                 zip((self.factor1, self.factor2, self.factor3, self.columns[0]), found.factors, strict=True)
@@ -167,7 +175,7 @@ class TuckerBag(_DigitFactors):
     def set_table(self, rows: TrainedRows) -> None:
         """Core and factors that tensorly's higher-order orthogonal iteration finds, of all rows at once.
 
-        Lookups do not count.
+        Rows count by ``first_digit_scales``.
         """
         import tensorly as tl
         from tensorly.decomposition import partial_tucker
@@ -176,8 +184,10 @@ class TuckerBag(_DigitFactors):
             raise UserError("tensorly_tucker with block=true cannot be made from a trained table; leave block out")
         rank = self.rank
         ranks = [min(rank, n) for n in self.rows]
+        scales = first_digit_scales(rows, self.rows)
         with tl.backend_context("numpy", local_threadsafe=True):
-            (core, factors), _ = partial_tucker(_digit_tensor(rows, self.rows), ranks, modes=[0, 1, 2])
+            (core, factors), _ = partial_tucker(_digit_tensor(rows, self.rows, scales), ranks, modes=[0, 1, 2])
+        factors = [factors[0] / scales, *factors[1:]]
         full = np.zeros((rank, rank, rank, rows.dim))
         full[: ranks[0], : ranks[1], : ranks[2]] = core
         with torch.no_grad():

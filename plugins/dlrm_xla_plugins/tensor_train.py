@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
@@ -49,6 +51,26 @@ def column_radices(dim: int) -> tuple[int, int, int]:
     top = math.ceil(dim ** (1 / 2)) + 1
     triples = ((a, b, math.ceil(dim / (a * b))) for a, b in itertools.product(range(1, top), repeat=2) if a <= b)
     return min(triples, key=lambda t: (sum(t), math.prod(t), t[2]))
+
+
+def first_digit_scales(rows: TrainedRows, radices: tuple[int, int, int]) -> NDArray[np.float64]:
+    """Roots of the mean lookups of the rows of each first digit [n1, 1]; 1 where rows count alike.
+
+    Ids come by falling frequency, so rows of one first digit are neighbours in it. A weight of the first digit alone is
+    exact least squares: a decomposition of the scaled table, its first factor divided by the scales again.
+    """
+    n1, rest = radices[0], math.prod(radices[1:])
+    if rows.lookups_R is None:
+        return np.ones((n1, 1))
+    sums, counts = np.zeros(n1), np.zeros(n1)
+    digits = np.arange(rows.num_rows) // rest
+    np.add.at(sums, digits, rows.lookups_R.double().numpy())
+    np.add.at(counts, digits, 1)
+    means = sums / np.maximum(counts, 1)
+    # Rows that nobody looks up count a little, so that what is divided by is never 0.
+    means += means.mean() / 1000
+    scales: NDArray[np.float64] = np.sqrt(means / means.mean())[:, None]
+    return scales
 
 
 class TensorTrainBag(nn.Module):
@@ -100,16 +122,18 @@ class TensorTrainBag(nn.Module):
     def set_table(self, rows: TrainedRows) -> None:
         """The nearest cores by tensorly's TT-SVD (Oseledets 2011, algorithm 1; quasi-optimal), of all rows at once.
 
-        Rows and columns are padded with zeros up to the radices' products. A product of digits has no weights of rows,
-        so lookups do not count.
+        Rows and columns are padded with zeros up to the radices' products. Rows count by ``first_digit_scales``.
         """
         import tensorly as tl
         from tensorly.decomposition import tensor_train_matrix
 
         rank = self.rank
         padded = rows.padded(math.prod(self.rows), math.prod(self.columns))
+        scales = first_digit_scales(rows, self.rows)
+        padded = padded.reshape(len(scales), -1) * scales
         with tl.backend_context("numpy", local_threadsafe=True):  # importing tltorch, for one, makes torch the default
             factors = tensor_train_matrix(padded.reshape(*self.rows, *self.columns), rank=[1, rank, rank, 1])
+        factors = [factors[0] / scales[:, :, None], *factors[1:]]
         with torch.no_grad():
             for core, factor in zip((self.core1, self.core2, self.core3), factors, strict=True):
                 # tensorly: [left rank, row radix, column radix, right rank]; ranks that the table does not need are
