@@ -17,6 +17,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.plan import bytes_kept
 from dlrm_xla.registry import installed, load, options_of, package, type_name
 from dlrm_xla.rows import RowTable
+from dlrm_xla.shapes import shapes_alone
 
 PROBE = Table("probe", 1_000_000, 16)
 # Where even the smallest sizes cannot be built, as many are tried.
@@ -76,7 +77,7 @@ def traits(plugin: Plugin) -> Traits:
 
 
 def _built(plugin: Plugin, options: Mapping[str, Any], inner: Any = RowTable) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_alone():
         return plugin(PROBE, inner, **options)
 
 

@@ -18,6 +18,7 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.registry import Layer, compose, parse
 from dlrm_xla.row_optim import DTYPES, RULES
 from dlrm_xla.rows import Placement, RowTable, lines_of
+from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sizing import Budget, fit, smallest_layers
 from dlrm_xla.tpu import row_bytes, storage_bytes
 
@@ -153,7 +154,7 @@ def check_composition(layers: list[Layer], table: Table, innermost: MakeBag, sma
 def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:
     """The bag on the ``meta`` device, where it takes no memory."""
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             return make(table)
     except UserError:
         raise

@@ -21,6 +21,7 @@ from dlrm_xla.plan import TablePlan
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.rows import LEAST_FILE_BYTES, RowTable
+from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.tensor_file import TensorFile
 
 
@@ -64,7 +65,7 @@ def build_mapped(described: Mapping[str, Any], file: TensorFile, device: Device)
     names = {t["name"]: f"model.bags.{k}.weight" for k, t in enumerate(described["tables"])}
 
     def rows(table: Table) -> RowTable:
-        with torch.device("meta"):
+        with shapes_alone():
             bag = RowTable(table)
         weight_RD = file.tensor(names[table.name])
         if weight_RD.shape != (table.num_rows, table.dim):

@@ -23,6 +23,7 @@ from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import Ranks
 from dlrm_xla.row_optim import RULES, RowSettings
 from dlrm_xla.rows import Home, RowTable, initial_rows, pool
+from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sharded_file import fill, write_shards
 from dlrm_xla.tensor_file import TensorFile
 from dlrm_xla.torchrec_plan import Shards, embedding_bags, quiet_torchrec, sharder
@@ -37,7 +38,7 @@ class LateRows(RowTable):
 
     def __init__(self, table: Table) -> None:
         on_meta = torch.get_default_device().type == "meta"
-        with torch.device("meta"):
+        with shapes_alone():
             super().__init__(table)
         if not on_meta:
             self.random_state = torch.get_rng_state()
