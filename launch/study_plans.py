@@ -13,7 +13,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,24 @@ def plan(cell: Cell) -> dict[str, Any]:
                 _parser(cell.tool).parse_args(cell.command(Path())[1:])
         except SystemExit:
             return {"reason": said.getvalue().strip().splitlines()[-1]}
-        return {"memory": COMPILE_BYTES if cell.tool == "compile" else _bench_bytes(cell.settings)}
+        if cell.tool == "compile":
+            return {"memory": COMPILE_BYTES}
     try:
-        return _plan_run(cell)
+        return _plan_run(cell) if cell.tool == "run" else _plan_bench(cell)
     except UserError as error:
         return {"reason": str(error)}
 
 
-def _bench_bytes(settings: Mapping[str, Any]) -> float:
+def _plan_bench(cell: Cell) -> dict[str, Any]:
     """Exact tables are always measured too, beside what a plugin makes of them in training: at most about the same."""
+    from dlrm_xla.devices import open_device
+
+    settings = cell.settings
+    for name in np.atleast_1d(settings.get("device", "cpu")):
+        open_device(str(name))
     rows, dim = (float(np.max(settings.get(key, default))) for key, default in (("rows", 1e6), ("dim", 16)))
     tables = 26 if settings.get("what") in ("step", "plugins", None) else 1
-    return PROCESS_BYTES + 2 * min(rows * tables, max(rows, sum(KAGGLE_ROWS))) * dim * 4
+    return {"memory": PROCESS_BYTES + 2 * min(rows * tables, max(rows, sum(KAGGLE_ROWS))) * dim * 4}
 
 
 def _plan_run(cell: Cell) -> dict[str, Any]:

@@ -91,6 +91,15 @@ compiles:
     assert [cell.settings["seed"] for cell in runs] == [0, 1] * 4
 
 
+def test_a_benchmark_of_a_device_that_is_not_here_is_impossible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plans = launch_script("study_plans")
+    benches = [grid.Cell("bench", {"what": "lookup", "device": device, "batch": 64}) for device in ("cpu", "cuda")]
+    assert [bench.title for bench in benches] == ["bench batch 64 lookup cpu", "bench batch 64 lookup cuda"]
+    assert plans.plan(benches[0])["memory"] > 1e9
+    assert "cuda" in plans.plan(benches[1])["reason"]
+
+
 def test_every_method_gets_its_trials_and_keeps_the_best(study_file):
     text = """
 runs:

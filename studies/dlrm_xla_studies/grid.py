@@ -45,7 +45,7 @@ class Cell:
         parts = [str(self.settings.get("plugin", "exact" if self.tool == "run" else ""))]
         if self.settings.get("ratio"):
             parts.append(f"{self.settings['ratio']:g}x")
-        told = {"min_count": "min count", "batch_size": "batch", "rows": "rows"}
+        told = {"min_count": "min count", "batch_size": "batch", "rows": "rows", "batch": "batch", "dim": "dim"}
         parts += [f"{words} {self.settings[key]}" for key, words in told.items() if key in self.settings]
         parts += [str(self.settings[key]) for key in ("what", "preset", "chip", "device") if key in self.settings]
         parts += [f"seed {self.settings['seed']}"] if "seed" in self.settings else []
