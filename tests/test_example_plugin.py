@@ -45,6 +45,7 @@ def test_the_launcher_runs_it_composed_with_ours(environment, tmp_path):
     assert report["auc"] > 0.5
 
 
+@pytest.mark.slow
 def test_it_passes_its_own_tests(environment):
     done = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_rank_one.py", cwd=EXAMPLE)
     assert done.returncode == 0, done.stdout

@@ -193,6 +193,7 @@ def test_a_page_and_plots_are_written(ran):
         assert (out / "figures" / f"auc-embedding_bytes-cpu.{kind}").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_what_is_finished_never_runs_again_and_what_failed_is_kept(ran):
     command, out, _ = ran
     before = stable(pd.read_parquet(out / "results.parquet"))
