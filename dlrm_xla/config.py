@@ -36,7 +36,7 @@ def _setting(default: Any, help: str, *, flag: bool = True) -> Any:
 class Config:
     """The resolved settings of one run. Those with ``flag`` in their metadata are flags of ``launch/run.py``."""
 
-    device: Literal["cpu", "cuda", "xla"] = _setting("cpu", "where the run takes place")
+    device: Literal["cpu", "cuda", "xla", "tpu"] = _setting("cpu", "where the run takes place")
     plugin: str = _setting("exact", "what replaces the tables: exact, NAME, NAME:key=value,key=value or NAME+NAME")
     data: str = _setting("", "raw Criteo log (.tsv, .txt, .gz) or prepared folder; none: synthetic rows")
     data_cache: str = _setting("", "folder for the prepared copy of a raw log; none: beside the log")

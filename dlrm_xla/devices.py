@@ -137,7 +137,7 @@ class Device:
 
 
 def open_device(name: str) -> Device:
-    """Opens "cpu", "cuda" or "xla"; a UserError says what is missing."""
+    """Opens "cpu", "cuda", "xla" or "tpu"; a UserError says what is missing."""
     if name not in _OPENERS:
         raise UserError(f"there is no device {name!r}; {choices(name, _OPENERS)}")
     return _OPENERS[name]()
@@ -327,7 +327,7 @@ def _xla() -> Device:
 
     tpu = RowAccess(
         "a TPU",
-        _xla_gather,
+        _line_gather,
         _xla_scatter_op(),
         bits=_xla_bits_op(),
         static_shapes=True,
@@ -364,6 +364,51 @@ def _xla() -> Device:
     )
 
 
+def _tpu() -> Device:
+    """One TPU chip by Google's torch_tpu, for torch 2.11 to 2.15: a step's operations run one by one, as on CUDA."""
+    if importlib.util.find_spec("torch_tpu") is None:
+        raise UserError(
+            "--device tpu needs torch_tpu, which is not installed: on a TPU host, pip install torch_tpu in an "
+            "environment without the extras xla and distributed, for it takes torch 2.11 to 2.15 and they pin torch 2.9.0. "
+            "Or use --device xla."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that tcmalloc is not preloaded, that its device names are experimental
+            importlib.import_module("torch_tpu")
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            if accelerator is None or accelerator.type != "tpu":
+                raise UserError(
+                    "--device tpu: torch_tpu is installed, but it finds no TPU here. Run on a TPU host, and let no "
+                    "other process hold the chip; or use --device cpu."
+                )
+            found = torch.tpu.get_device_properties()  # type: ignore[attr-defined]
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"--device tpu: torch_tpu does not open with torch {torch.__version__}: {error}. It takes torch 2.11 to "
+            "2.15, in an environment without torch_xla."
+        ) from error
+    device = torch.device("tpu")
+    return Device(
+        "tpu",
+        device,
+        f"{found.name} by torch_tpu, one chip",
+        lambda m: m.to(device),
+        _as_it_is,
+        torch.accelerator.synchronize,
+        Counters,
+        _TORCH_TPU_ROWS,
+        _TORCH_TPU_ROWS,
+        0.9 * found.total_memory,
+        _parts,
+        _HOST_GENERATOR,
+        lambda m: m.to(device),
+        lambda t: t.to(device, non_blocking=True),
+        _write,
+        capturable=True,
+    )
+
+
 def _chip_memory(read: Callable[[], int]) -> float:
     try:
         return 0.9 * read()
@@ -389,7 +434,7 @@ def _in_memory_kept(compile: Callable[[Step, str], Step]) -> Callable[[Step, str
     return compiled
 
 
-def _xla_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
+def _line_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
     pack = 1 if array.dim() == 1 else array.shape[1] // dim
     if pack == 1:
         return array.index_select(0, ids_N)
@@ -400,6 +445,30 @@ def _xla_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
 def _places(place_N: Tensor, pack: int) -> Tensor:
     """Which of the places of its line each row has, bool [N, pack]."""
     return place_N.unsqueeze(1) == torch.arange(pack, dtype=place_N.dtype, device=place_N.device)
+
+
+def _lines(values_ND: Tensor, place_N: Tensor, pack: int) -> Tensor:
+    """Rows at their places in lines that are zero beside them, [N, pack D]."""
+    return torch.where(_places(place_N, pack).unsqueeze(2), values_ND.unsqueeze(1), 0).view(len(values_ND), -1)
+
+
+def _line_scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
+    """Adds whole lines in torch's own operations; static shapes, so what is past the end becomes a sum with zero."""
+    if array.dtype != torch.float32:
+        raise UserError(f"rows and states are float32 on --device tpu, not {array.dtype}: row_precision, row_state")
+    dim = values.shape[1] if values.dim() > 1 else 1
+    pack = array.numel() // len(array) // dim
+    inside_N = ids_N < len(array) * pack
+    ids_N = ids_N.clamp(max=len(array) * pack - 1)
+    if not add:  # a line may hold several of the rows, so what is added is the change
+        values = values - _line_gather(array, ids_N, dim)
+    values = torch.where(inside_N if values.dim() == 1 else inside_N.unsqueeze(1), values, 0)
+    if pack > 1:
+        values = _lines(values, ids_N % pack, pack)
+    array.index_add_(0, divide_ids(ids_N, pack) if pack > 1 else ids_N, values)
+
+
+_TORCH_TPU_ROWS = RowAccess("a TPU", _line_gather, _line_scatter, static_shapes=True, lanes=128, rounds_matmul=True)
 
 
 def _xla_bits_op() -> Callable[[Tensor, torch.dtype], Tensor]:
@@ -453,12 +522,10 @@ def _xla_scatter_op() -> Callable[[Tensor, Tensor, Tensor, bool], None]:
             array.copy_(op(array, at_N2, values.to(array.dtype), add=add))
             return
         if not add:  # a line may hold several of the rows, so what is added is the change
-            values = values - _xla_gather(array, ids_N.clamp(max=len(array) * pack - 1), values.shape[1])
-        place_NP1 = _places(place_N, pack).unsqueeze(2)
-        lines_NW = torch.where(place_NP1, values.unsqueeze(1), 0).view(len(ids_N), -1)
-        array.copy_(op(array, line_N.unsqueeze(1), lines_NW, add=True))
+            values = values - _line_gather(array, ids_N.clamp(max=len(array) * pack - 1), values.shape[1])
+        array.copy_(op(array, line_N.unsqueeze(1), _lines(values, place_N, pack), add=True))
 
     return scatter
 
 
-_OPENERS: dict[str, Callable[[], Device]] = {"cpu": _cpu, "cuda": _cuda, "xla": _xla}
+_OPENERS: dict[str, Callable[[], Device]] = {"cpu": _cpu, "cuda": _cuda, "xla": _xla, "tpu": _tpu}

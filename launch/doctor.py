@@ -29,7 +29,7 @@ from dlrm_xla.rows import RowTable
 from dlrm_xla.run_folder import PACKAGES
 
 WATCHED = (*PACKAGES, "torchvision", "tensorly-torch", "fbgemm-gpu", "jax", "libtpu", "torch_tpu")
-OPENED = ("cpu", "cuda", "xla")
+OPENED = ("cpu", "cuda", "xla", "tpu")
 
 
 class Finding(NamedTuple):
@@ -65,6 +65,14 @@ def conflicts(found: Mapping[str, str], python: tuple[int, ...]) -> Iterator[Fin
             f"torch_xla {found['torch_xla']} is built against torch {minor['torch_xla']} and no other, not "
             f"{found.get('torch')}",
             "pip install -e '.[xla]' takes the pair that works",
+        )
+    if "torch_tpu" in found and (
+        "torch_xla" in found or not (2, 11) <= tuple(map(int, minor["torch"].split("."))) <= (2, 15)
+    ):
+        yield Finding(
+            f"torch_tpu {found['torch_tpu']} takes torch 2.11 to 2.15 and stands without torch_xla, not beside torch "
+            f"{found.get('torch')}",
+            "install it in an environment of its own: pip install torch_tpu -e .",
         )
     if "fbgemm-gpu" in found and "fbgemm-gpu-cpu" in found:
         yield Finding(

@@ -46,6 +46,7 @@ def check_settings(config: Config, ranks: Ranks) -> None:
         )
     refused = {
         "device xla: one process has all local devices; start it without torchrun": config.device == "xla",
+        "device tpu: torch_tpu is used for one chip, without torchrun": config.device == "tpu",
         "micro_batches: take more ranks, or a smaller --batch-size": config.micro_batches > 1,
         "row_precision bf16: its rounding is not TorchRec's": config.row_precision == "bf16",
         "row_state bf16: its rounding is not TorchRec's": config.row_state == "bf16",

@@ -33,6 +33,8 @@ def test_a_machine_on_which_the_tests_run_is_well(capsys):
         ({"fbgemm-gpu": "1.4.2", "fbgemm-gpu-cpu": "1.4.2"}, "the same folder"),
         ({"torchrec": "1.4.0"}, "torchrec does not import without fbgemm"),
         ({"jax": "0.10.2", "libtpu": "0.0.21"}, "never seen to work"),
+        ({"torch_tpu": "0.2.0"}, "torch_tpu 0.2.0 takes torch 2.11 to 2.15 and stands without torch_xla"),
+        ({"torch_tpu": "0.2.0", "torch": "2.10.0", "torch_xla": None}, "not beside torch 2.10.0"),
         ({"numpy": None}, "numpy is missing"),
     ],
 )
