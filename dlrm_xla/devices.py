@@ -369,8 +369,8 @@ def _tpu() -> Device:
     if importlib.util.find_spec("torch_tpu") is None:
         raise UserError(
             "--device tpu needs torch_tpu, which is not installed: on a TPU host, pip install torch_tpu in an "
-            "environment without the extras xla and distributed, for it takes torch 2.11 to 2.15 and they pin torch 2.9.0. "
-            "Or use --device xla."
+            "environment without the extras xla and distributed, for they pin torch 2.9.0 and it takes torch 2.11 to "
+            "2.15. Or use --device xla."
         )
     try:
         with warnings.catch_warnings():
