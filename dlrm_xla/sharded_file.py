@@ -79,6 +79,7 @@ class ShardFolder(TensorFile):
         self.about = about
         self._metadata: dict[str, Any] = _reader(path).read_metadata().state_dict_metadata
         self.names = set(self._metadata)
+        self._kept: tuple[str, Tensor] | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -90,6 +91,13 @@ class ShardFolder(TensorFile):
         whole = torch.empty(found.size, dtype=found.properties.dtype)
         fill(self, {name: whole})
         return whole
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor; the last one asked for is kept, for it is put together as a whole."""
+        if self._kept is None or self._kept[0] != name:
+            self._kept = None
+            self._kept = name, self.tensor(name)
+        return self._kept[1][start:stop]
 
 
 @contextmanager
@@ -104,6 +112,7 @@ def opened_shards(path: Path) -> Iterator[ShardFolder]:
     for name in sorted({*digests, *files}):
         if name not in files or _digest(path / name) != digests.get(name):
             raise UserError(f"the checkpoint {path} is damaged: {name} is not as it was written. Use another one.")
+    about["sha256"] = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     yield ShardFolder(path, about)
 
 

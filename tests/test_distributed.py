@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import checkpoint
+from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
 from dlrm_xla.ranks import TorchrunRanks
@@ -181,6 +183,35 @@ def test_a_plan_that_fits_nowhere_says_what_it_was_given():
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "column_wise"})
     with pytest.raises(UserError, match="did you mean 'row_wise'"):
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "row_wse"})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of torch.export.load
+def test_one_process_scores_exports_and_compresses_what_two_ranks_saved(tmp_path, capsys):
+    """Metrics of scoring are those that the ranks reported; the program gives the scores that --evaluate wrote."""
+    changes = {"tables": {}, "epochs": 1, "keep_checkpoints": 2}
+    done = torchrun(2, *settings_file(tmp_path, **changes), "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    best = tmp_path / "two" / "checkpoints" / "best.safetensors"
+    assert best.is_dir()
+    assert launcher.main(["--evaluate", str(best), "--out", str(tmp_path / "p.parquet")]) == 0
+    assert f"{report['auc']:.4f}" in capsys.readouterr().out
+    scores = pq.read_table(tmp_path / "p.parquet").to_pydict()
+    assert launcher.main(["--export", str(best), "--out", str(tmp_path / "program"), "--batch-size", "64"]) == 0
+    program = torch.export.load(tmp_path / "program" / "model.pt2").module()
+    config = resolve({}, tmp_path / "two" / "config.yaml")[0]
+    loader = Loader(launcher.open_data(config)[0], 64, config.min_count, config.seed)
+    batch = next(iter(loader.batches("test")))
+    probability_B = program(batch.dense_BI, batch.ids_BS)
+    np.testing.assert_allclose(probability_B.detach().numpy(), scores["probability"][:64], atol=1e-6)
+    capsys.readouterr()
+    compress = launch_script("compress")
+    flags = ["--plugin", "svd:rank=2", "--min-rows", "100", "--out", str(tmp_path / "svd")]
+    assert compress.main([str(best), *flags]) == 0, capsys.readouterr()
+    told = json.loads((tmp_path / "svd" / "compression.json").read_text())
+    assert told["before"]["test"]["auc"] == pytest.approx(report["auc"], abs=1e-6)
+    assert 0 < max(t["error"] for t in told["compression"]) < 1
 
 
 @pytest.mark.slow
