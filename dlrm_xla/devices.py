@@ -291,6 +291,7 @@ def _xla() -> Device:
     import torch_xla.debug.metrics as metrics
     import torch_xla.runtime
 
+    from dlrm_xla import xla_rows
     from dlrm_xla.xla_spmd import Mesh
     from dlrm_xla.xla_steps import RecordedStep
 
@@ -327,9 +328,9 @@ def _xla() -> Device:
 
     tpu = RowAccess(
         "a TPU",
-        _line_gather,
-        _xla_scatter_op(),
-        bits=_xla_bits_op(),
+        xla_rows.gather,
+        xla_rows.scatter,
+        bits=xla_rows.bits,
         static_shapes=True,
         lanes=128,
         rounds_matmul=True,
@@ -469,63 +470,6 @@ def _line_scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> No
 
 
 _TORCH_TPU_ROWS = RowAccess("a TPU", _line_gather, _line_scatter, static_shapes=True, lanes=128, rounds_matmul=True)
-
-
-def _xla_bits_op() -> Callable[[Tensor, torch.dtype], Tensor]:
-    """Tensor.view(dtype), which torch_xla 2.9 cannot trace."""
-    import torch_xla.core.xla_op_registry as registry
-
-    ops = {
-        torch.int32: registry.register("bits_as_int32", lambda values: values.bitcast("s32")),
-        torch.float32: registry.register("bits_as_float32", lambda values: values.bitcast("f32")),
-    }
-    return lambda tensor, dtype: ops[dtype](tensor)
-
-
-def _xla_scatter_op() -> Callable[[Tensor, Tensor, Tensor, bool], None]:
-    """XLA's own scatter, which torch has no name for, in place.
-
-    Of packed rows it adds whole lines, zero beside the row, on a TPU (libtpu 0.0.42, 53,248 rows of 16 of the `kaggle`
-    preset) 3.5M bundles on v5e; windows of a line become a loop that takes 488M cycles. That indices are sorted is not
-    said: told so, the program copies the whole table.
-    """
-    import torch_xla.core.xla_builder as builder
-    import torch_xla.core.xla_op_registry as registry
-
-    def lower(array: Any, at: Any, values: Any, *, add: bool) -> Any:
-        scalar = array.shape().as_scalar()
-        combine = builder.Op.make_computation(
-            "Combine", (lambda a, b: a + b) if add else (lambda a, b: b), (scalar,) * 2
-        )
-        return array.scatter(
-            at,
-            values,
-            combine,
-            update_window_dims=tuple(range(1, values.shape().rank)),
-            inserted_window_dims=(0,),
-            scatter_dims_to_operand_dims=tuple(range(at.shape().sizes[1])),
-            index_vector_dim=1,
-            indices_are_sorted=False,
-            unique_indices=not add,
-        )
-
-    op = registry.register("scatter_rows", lower)
-
-    def scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
-        pack = 1 if array.dim() == 1 else array.shape[1] // values.shape[1]
-        if pack == 1:
-            array.copy_(op(array, ids_N.unsqueeze(1), values.to(array.dtype), add=add))
-            return
-        line_N, place_N = divide_ids(ids_N, pack), ids_N % pack
-        if array.dtype != torch.float32:  # rounded already, which a sum would do again
-            at_N2 = torch.stack([line_N, place_N * values.shape[1]], 1)
-            array.copy_(op(array, at_N2, values.to(array.dtype), add=add))
-            return
-        if not add:  # a line may hold several of the rows, so what is added is the change
-            values = values - _line_gather(array, ids_N.clamp(max=len(array) * pack - 1), values.shape[1])
-        array.copy_(op(array, line_N.unsqueeze(1), _lines(values, place_N, pack), add=True))
-
-    return scatter
 
 
 _OPENERS: dict[str, Callable[[], Device]] = {"cpu": _cpu, "cuda": _cuda, "xla": _xla, "tpu": _tpu}
