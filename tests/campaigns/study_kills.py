@@ -64,8 +64,9 @@ def table(out: Path) -> pd.DataFrame:
 
 def differences(one: pd.DataFrame, other: pd.DataFrame) -> list[str]:
     """What differs, by column."""
-    if list(one["cell"]) != list(other["cell"]) or list(one.columns) != list(other.columns):
-        return ["cells or columns"]
+    for what, here, there in (("cells", one["cell"], other["cell"]), ("columns", one.columns, other.columns)):
+        if list(here) != list(there):
+            return [f"{what}: {sorted(set(here) ^ set(there)) or 'in another order'}"]
     return [f"{c}: {one[c].tolist()} and {other[c].tolist()}" for c in one if not one[c].equals(other[c])]
 
 
