@@ -135,7 +135,7 @@ def test_the_best_checkpoint_is_the_model_that_was_reported(tmp_path, capsys):
         (["--row-lr", "-1"], "must be above 0"),
         (["--preset", "terabyte", "--synthetic-rows", "1000"], "the tables need"),
         (["--plugin", "hash_rows", "--plugin", "tensorly_tt"], "--plugin hash_rows+tensorly_tt"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "gpu"], "invalid choice: 'gpu'"),
         (["--epochs", "many"], "invalid int value"),
     ],
 )
