@@ -164,6 +164,7 @@ def stable(table):
     return table.drop(columns=[c for c in TIMES if c in table])
 
 
+@pytest.mark.slow
 def test_a_study_runs_what_can_run_and_says_why_the_rest_cannot(ran):
     _, out, done = ran
     assert done.returncode == 0, done.stderr
@@ -183,6 +184,7 @@ def test_a_study_runs_what_can_run_and_says_why_the_rest_cannot(ran):
         assert row["training_bytes"] == sum(t["padded"] + t["optimizer"] + t["gradient"] for t in report["tables"])
 
 
+@pytest.mark.slow
 def test_a_page_and_plots_are_written(ran):
     _, out, _ = ran
     text = (out / "report.html").read_text()
@@ -219,6 +221,7 @@ def test_what_is_finished_never_runs_again_and_what_failed_is_kept(ran):
     assert sum(again[p] == reports[p] for p in reports) == 2
 
 
+@pytest.mark.slow
 def test_two_studies_do_not_share_a_folder(ran, study_file, capsys):
     from dlrm_xla_studies.runner import only_one
 
