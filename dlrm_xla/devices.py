@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.errors import UserError, choices
-from dlrm_xla.ids import divide_ids
+from dlrm_xla.ids import divide_ids, places
 
 Step = Callable[..., Any]
 # Bytes of an array that are on the host at a time while it is read.
@@ -440,17 +440,12 @@ def _line_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
     if pack == 1:
         return array.index_select(0, ids_N)
     lines_NPD = array.index_select(0, divide_ids(ids_N, pack)).view(-1, pack, dim)
-    return torch.where(_places(ids_N % pack, pack).unsqueeze(2), lines_NPD, 0).sum(1)
-
-
-def _places(place_N: Tensor, pack: int) -> Tensor:
-    """Which of the places of its line each row has, bool [N, pack]."""
-    return place_N.unsqueeze(1) == torch.arange(pack, dtype=place_N.dtype, device=place_N.device)
+    return torch.where(places(ids_N % pack, pack).unsqueeze(2), lines_NPD, 0).sum(1)
 
 
 def _lines(values_ND: Tensor, place_N: Tensor, pack: int) -> Tensor:
     """Rows at their places in lines that are zero beside them, [N, pack D]."""
-    return torch.where(_places(place_N, pack).unsqueeze(2), values_ND.unsqueeze(1), 0).view(len(values_ND), -1)
+    return torch.where(places(place_N, pack).unsqueeze(2), values_ND.unsqueeze(1), 0).view(len(values_ND), -1)
 
 
 def _line_scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:

@@ -17,3 +17,8 @@ def divide_ids(ids: Tensor, divisor: int) -> Tensor:
     quotient = quotient + torch.div(ids - quotient * divisor, divisor, rounding_mode="floor")
     left = ids - quotient * divisor
     return quotient + (left >= divisor).to(ids.dtype) - (left < 0).to(ids.dtype)
+
+
+def places(place_N: Tensor, pack: int) -> Tensor:
+    """Which of the ``pack`` places of its line each row has, bool [N, pack]."""
+    return place_N.unsqueeze(1) == torch.arange(pack, dtype=place_N.dtype, device=place_N.device)

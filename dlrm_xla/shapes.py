@@ -14,8 +14,8 @@ _FILLS = {Tensor.uniform_, Tensor.normal_, Tensor.random_, Tensor.bernoulli_, Te
 
 
 class _Unfilled(TorchFunctionMode):
-    """Random numbers for a tensor without numbers are left out: torch 2.9 traces each fill in Python, 7 ms or more,
-    and a plan that searches for sizes makes thousands."""
+    """Leaves out random numbers for a tensor without numbers, for torch 2.9 traces each such fill in Python: a `kaggle`
+    plan of ``tensorly_tt`` at 100x took 8.9 s of processor time with its 1,677 fills, 4.2 s without."""
 
     def __torch_function__(
         self,

@@ -9,7 +9,7 @@ import torch_xla.core.xla_builder as builder
 import torch_xla.core.xla_op_registry as registry
 from torch import Tensor
 
-from dlrm_xla.ids import divide_ids
+from dlrm_xla.ids import divide_ids, places
 
 
 def gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
@@ -19,7 +19,7 @@ def gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
         return array.index_select(0, ids_N)
     line_N, place_N = _line_and_place(ids_N, pack)
     lines_NPD = array.index_select(0, line_N).view(-1, pack, dim)
-    return torch.where(_places(place_N, pack).unsqueeze(2), lines_NPD, 0).sum(1)
+    return torch.where(places(place_N, pack).unsqueeze(2), lines_NPD, 0).sum(1)
 
 
 def scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
@@ -40,7 +40,7 @@ def scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
         return
     if not add:  # a line may hold several of the rows, so what is added is the change
         values = values - gather(array, ids_N.clamp(max=len(array) * pack - 1), values.shape[1])
-    place_NP1 = _places(place_N, pack).unsqueeze(2)
+    place_NP1 = places(place_N, pack).unsqueeze(2)
     lines_NW = torch.where(place_NP1, values.unsqueeze(1), 0).view(len(ids_N), -1)
     array.copy_(_SCATTER(array, line_N.unsqueeze(1), lines_NW, add=True))
 
@@ -57,11 +57,6 @@ def _line_and_place(ids_N: Tensor, pack: int) -> tuple[Tensor, Tensor]:
         return divide_ids(ids_N, pack), ids_N % pack
     place_N = ids_N.bitwise_and(pack - 1)
     return _DIVIDE(ids_N - place_N, by=pack), place_N
-
-
-def _places(place_N: Tensor, pack: int) -> Tensor:
-    """Which of the places of its line each row has, bool [N, pack]."""
-    return place_N.unsqueeze(1) == torch.arange(pack, dtype=place_N.dtype, device=place_N.device)
 
 
 def _lower_scatter(array: Any, at: Any, values: Any, *, add: bool) -> Any:

@@ -20,6 +20,7 @@ from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import RULES
 from dlrm_xla.rows import RowStack
+from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.step_cost import Cost, Table
 from dlrm_xla.tpu import Chip, Touched, lower_bound, storage_bytes
 from dlrm_xla.tpu_compile import Compiled, compile_for
@@ -63,7 +64,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
 
     device = xla_trace.on_shapes(opened)
     plan = make_plan(config, device, device.rows, None)
-    with torch.device("meta"):
+    with shapes_alone():
         model = DLRM(
             NUM_DENSE,
             plan.tables,
