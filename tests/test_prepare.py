@@ -494,6 +494,18 @@ def test_whatever_a_log_holds_rows_are_read_or_named(tmp_path_factory, rows):
                 [parse(block, layout) for block in blocks]
 
 
+@pytest.mark.parametrize("row", ["", LINE])
+def test_a_byte_order_mark_is_dropped_where_a_file_begins_only(tmp_path, row):
+    mark = b"\xef\xbb\xbf"
+    raw = tmp_path / "marked.tsv"
+    raw.write_bytes(mark + b"\n".join([LINE.encode(), LINE.encode(), mark + row.encode()]) + b"\n")
+    for size in (len(LINE) + 1, 10**6):  # the marked row begins a block, or is within one
+        blocks = lines.blocks([raw], lines.Place(), lines.Digests(), block_bytes=size)
+        parsed = [parse(block, layouts.criteo(), keep_good=True) for block in blocks]
+        assert sum(len(p.labels) for p in parsed) == 2
+        assert [n for p in parsed for _, n, _ in p.bad] == [3]
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["label", "whole", "real", "hexadecimal", "integer", "time"]), st.text("0123 xX-+.eEfg", max_size=7)

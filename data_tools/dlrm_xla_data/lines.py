@@ -19,7 +19,7 @@ from dlrm_xla.errors import UserError
 # Of 0.5 to 16 MB, 4 MB were parsed fastest: larger ones leave the cache.
 BLOCK_BYTES = 4 << 20
 _NEWLINE = 10
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def first_line(path: Path) -> bytes:
     """The first line of a log, without its end and without a byte-order mark."""
     try:
         with _Source(path).open() as file:
-            return bytes(file.readline(1 << 20)).removeprefix(_BYTE_ORDER_MARK).rstrip(b"\r\n")
+            return bytes(file.readline(1 << 20)).removeprefix(BYTE_ORDER_MARK).rstrip(b"\r\n")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}. Fetch it again.") from error
 
@@ -116,7 +116,7 @@ def blocks(
 
 def _tidy(data: bytes, at_start: bool) -> bytes:
     if at_start:
-        data = data.removeprefix(_BYTE_ORDER_MARK)
+        data = data.removeprefix(BYTE_ORDER_MARK)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     return data if data.endswith(b"\n") else data + b"\n"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dlrm_xla.errors import UserError
 from dlrm_xla_data.layout import HEX, NUMBER, Layout
-from dlrm_xla_data.lines import Block
+from dlrm_xla_data.lines import BYTE_ORDER_MARK, Block
 
 MISSING = np.iinfo(np.int64).min
 PARTS = ("train", "test", "validation")
@@ -128,6 +128,8 @@ def _read(data: bytes, layout: Layout) -> Any:
         types[layout.time] = pa.int64()
     if not data.strip(b"\n"):
         return pa.table({n: pa.array([], types[n]) for n in needed})
+    if data.startswith(BYTE_ORDER_MARK):
+        data = b"\n" + data  # Arrow would drop the mark, but only a file may begin with one, not a block of its lines
     try:
         table = csv.read_csv(
             pa.BufferReader(data),
