@@ -18,6 +18,7 @@ pytest.importorskip("scipy")
 from dlrm_xla_studies import grid
 from dlrm_xla_studies.results import TIMES
 from dlrm_xla_studies.spec import read_study
+from dlrm_xla_studies.stages import Stages
 from dlrm_xla_studies.tuning import tune
 
 from dlrm_xla.errors import UserError
@@ -129,6 +130,34 @@ tuning: {trials: 5, seed: 7, search: {row_lr: [0.01, 0.5]}}
         again = []
         tune(place, study.tuning, lambda cell, again=again: again.append(cell) or None)
         assert again[0].id == asked[0].id
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_order_of_a_table_is_the_grids_whichever_method_was_tuned_first(study_file, tmp_path, backwards):
+    text = """
+runs:
+  - {plugin: [hash_rows, robe, dhe], ratio: 2, seed: [0, 1]}
+tuning: {trials: 2, search: {row_lr: [0.01, 0.5]}}
+"""
+    study = read_study(study_file(text), FLAGS)
+
+    class Runs:
+        def job(self, work, cell, forecast):
+            return work
+
+        def all(self, jobs):
+            for work in reversed(jobs) if backwards else jobs:
+                work()
+
+        def one(self, cell):
+            return {"status": "failed"}
+
+    cells = grid.cells(study)
+    stages = Stages(study, tmp_path, cells, {cell.id: None for cell in cells})
+    stages.run(Runs())
+    plugins = [cell.settings["plugin"] for cell in stages.known.values()]
+    assert plugins == 2 * [p for plugin in ("hash_rows", "robe", "dhe") for p in (plugin, plugin)]
+    assert [bool(cell.trial) for cell in stages.known.values()] == 6 * [False] + 6 * [True]
 
 
 STUDY = {

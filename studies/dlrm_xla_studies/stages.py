@@ -88,9 +88,14 @@ class Stages:
         return tune(place, tuning, loss_of)
 
     def _settle(self, found: Mapping[str, Mapping[str, float]]) -> None:
-        """Gives the cells what was found for their methods; in the order of the grid."""
+        """Gives the cells what was found for their methods; cells, and trials by their method, in the grid's order.
+
+        Trials came in the order in which methods, several at once, asked for them.
+        """
         tuning = self.study.tuning
+        methods = list(self.groups)
         trials = {id: cell for id, cell in self.known.items() if cell.trial}
+        trials = dict(sorted(trials.items(), key=lambda item: methods.index(item[1].trial)))
         self.known = {}
         for cell in self.cells:
             if cell.tuned and tuning:
