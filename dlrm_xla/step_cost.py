@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dlrm_xla.collectives import KINDS, exchanges
 from dlrm_xla.hlo import Array, Executed, Module, Operation
 from dlrm_xla.tpu import Chip, lookup_seconds, update_seconds
 
@@ -32,10 +33,12 @@ class Cost(NamedTuple):
 
 
 def costs(module: Module, chip: Chip) -> list[Cost]:
-    """The cost of each operation of a step."""
+    """The cost of each operation of a step but for collectives, which are no work of one chip."""
     found = []
     for executed in module.schedule:
         operation, cycles = executed.operation, executed.operation.cycles
+        if cycles is None and _exchanges(module, operation):
+            continue
         seconds = (
             modelled_seconds(module, executed, chip) if cycles is None else executed.times * cycles / chip.clock_hz
         )
@@ -75,6 +78,11 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     hbm = sum(a.bytes for a in arrays if a.space == 0)
     chip_bytes = sum(a.bytes for a in arrays if a.space)
     return executed.times * max(hbm / chip.hbm_bytes_per_second, chip_bytes / REGISTER_BYTES / 2 / chip.clock_hz)
+
+
+def _exchanges(module: Module, operation: Operation) -> bool:
+    kind = operation.kind.removesuffix("-start").removesuffix("-done")
+    return kind in KINDS or operation.target.startswith("AsyncCollective") or exchanges(module, operation.calls)
 
 
 def is_small(operation: Operation) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,7 @@ class Chip:
     ``hbm_bytes`` is what the compiler lets a program use, less than what is sold; ``hbm_bytes_per_second`` and
     ``bf16_flops`` are published peaks; ``vmem_bytes`` is memory on the chip, of one TensorCore. ``clock_hz`` turns the
     compiler's cycles into time: published peak over the flops that all matrix units do in a cycle.
+    ``link_bytes_per_second`` is what one link to a neighbour carries one way.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Chip:
     bf16_flops: float
     vmem_bytes: int
     clock_hz: float
+    link_bytes_per_second: float
     tensor_cores: int
     sparse_cores: int
     chip_config: str = "default"
@@ -48,15 +51,30 @@ _GB, _GIB, _MIB = 1e9, 2**30, 2**20
 # jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2. HBM: the figure in libtpu 0.0.42's error for a program that is too
 # large. Flops a cycle and TensorCore: 4 units of 128 x 128 do 131,072; 2 units of 256 x 256 (v6e, 7x) do 524,288, two
 # passes a cycle, for the compiler schedules 369,912 flops a cycle there and one pass would be 262,144. The clocks that
-# follow for v4, v5e and v5p are the published ones (Jouppi et al. 2023, table 4; the scaling book, "TPUs").
+# follow for v4, v5e and v5p are the published ones (Jouppi et al. 2023, table 4; the scaling book, "TPUs"). Links: half
+# of the bidirectional bandwidth of a chip on the same pages (v5e 400, v5p 1200 GB/s) over its 4 or 6 ports; those of v4
+# (50 GB/s), v6e and tpu7x likewise.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 16 * _MIB, 1.05e9, 2, 4, "megacore"),
-        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 128 * _MIB, 1.5e9, 1, 0),
-        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 64 * _MIB, 1.75e9, 2, 4),
-        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 128 * _MIB, 1.75e9, 1, 2),
-        Chip("tpu7x", "tpu7x:2x2x1", int(94.75 * _GIB), 3690 * _GB, 1153.5e12, 64 * _MIB, 2.2e9, 1, 2, "default", 2),
+        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 16 * _MIB, 1.05e9, 50 * _GB, 2, 4, "megacore"),
+        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 128 * _MIB, 1.5e9, 50 * _GB, 1, 0),
+        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 64 * _MIB, 1.75e9, 100 * _GB, 2, 4),
+        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 128 * _MIB, 1.75e9, 100 * _GB, 1, 2),
+        Chip(
+            "tpu7x",
+            "tpu7x:2x2x1",
+            int(94.75 * _GIB),
+            3690 * _GB,
+            1153.5e12,
+            64 * _MIB,
+            2.2e9,
+            100 * _GB,
+            1,
+            2,
+            "default",
+            2,
+        ),
     )
 }
 
@@ -66,6 +84,49 @@ def find_chip(name: str) -> Chip:
     if name not in CHIPS:
         raise UserError(f"no chip {name!r}; {choices(name, CHIPS)}")
     return CHIPS[name]
+
+
+class Slice(NamedTuple):
+    """Devices of one kind: how many, their ``topology`` for `get_topology_desc`, and chips along each of its axes."""
+
+    devices: int
+    topology: str
+    axes: tuple[int, ...]
+
+    def exchange_seconds(self, chip: Chip, kind: str, bytes: int) -> float:
+        """A collective over all devices; ``bytes`` are those of the array before it is cut, or after it is whole.
+
+        n devices, each of which receives (n - 1) / n of the array, twice that for an all-reduce, through one link for
+        each axis longer than one chip, for axes shorter than a pod's are no rings; and 1 us a hop along each axis. A
+        collective-permute is one hop of its bytes. Overlap with other work is not in it.
+        """
+        links = sum(n > 1 for n in self.axes) * chip.link_bytes_per_second
+        if kind == "collective-permute":
+            return bytes / chip.link_bytes_per_second + _HOP_SECONDS
+        rounds = 2 if kind == "all-reduce" else 1
+        hops = sum(n - 1 for n in self.axes)
+        return rounds * (bytes * (self.devices - 1) / self.devices / links + hops * _HOP_SECONDS)
+
+
+_HOP_SECONDS = 1e-6
+# Slices that the pages above list, by number of chips.
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+
+
+def find_slice(chip: Chip, chips: str) -> Slice:
+    """The slice of this many chips, such as "16", or of a topology, such as "4x4"; a UserError lists the numbers."""
+    family, _, one_host = chip.topology.partition(":")
+    if chips == "1":
+        return Slice(1, chip.topology, (1,))
+    known = {str(n): shape for n, shape in (_FLAT if one_host.count("x") == 1 else _CUBES).items()}
+    shape = known.get(chips, chips)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape) or shape.count("x") != one_host.count("x"):
+        raise UserError(
+            f"--chips {chips}: {chip.name} has slices of 1, {', '.join(known)} chips, or a topology as {one_host}"
+        )
+    axes = tuple(int(n) for n in shape.split("x"))
+    return Slice(math.prod(axes) * chip.devices_per_chip, f"{family}:{shape}", axes)
 
 
 class Layout(NamedTuple):

@@ -61,6 +61,7 @@ def compile_for(
     artifact: bytes,
     donated: Sequence[int],
     *,
+    shardings: Sequence[str] = (),
     partitions: int = 1,
     chip_config: str = "default",
     cache: Path | None = None,
@@ -70,8 +71,9 @@ def compile_for(
     """Compiles a StableHLO artifact for devices of a topology such as "v5e:2x2".
 
     ``donated`` are arguments whose buffers the program may write results to, as torch_xla donates them. More than one
-    of ``partitions`` takes the shardings in the module (GSPMD). Results are kept in ``cache`` under the artifact, or
-    under ``identity`` where that leaves out what does not matter. ``say`` hears that it still compiles.
+    of ``partitions`` takes the shardings in the module (GSPMD), and ``shardings`` of its arguments. Results are kept in
+    ``cache`` under the artifact, or under ``identity`` where that leaves out what does not matter. ``say`` hears that
+    it still compiles.
 
     Raises UserError where jax or libtpu is missing, and where the compiler fails for any reason but memory.
     """
@@ -79,6 +81,7 @@ def compile_for(
     request = {
         "topology": topology,
         "donated": list(donated),
+        "shardings": list(shardings),
         "partitions": partitions,
         "chip_config": chip_config,
         "compiler": compiler,
@@ -165,10 +168,12 @@ def _compile(folder: Path) -> dict[str, Any]:
         # The attribute that jax itself gives donated arguments: XLA pairs them with results, as it does for torch_xla.
         donor = {"jax.buffer_donor": ir.BoolAttr.get(True)}
         given: Any = main.attributes["arg_attrs"] if "arg_attrs" in main.attributes else [{}] * len(main.type.inputs)
+        donated = set(request["donated"])
+        shardings = [{"mhlo.sharding": ir.StringAttr.get(s)} for s in request["shardings"]] or [{}] * len(given)
         main.attributes["arg_attrs"] = ir.ArrayAttr.get(
             [
-                ir.DictAttr.get({a.name: a.attr for a in attributes} | (donor if i in set(request["donated"]) else {}))
-                for i, attributes in enumerate(given)
+                ir.DictAttr.get({a.name: a.attr for a in attributes} | sharding | (donor if i in donated else {}))
+                for i, (attributes, sharding) in enumerate(zip(given, shardings, strict=True))
             ]
         )
         compile_options = compiler.get_compile_options(
@@ -178,6 +183,8 @@ def _compile(folder: Path) -> dict[str, Any]:
         )
         compile_options.executable_build_options.use_spmd_partitioning = partitions > 1
         compile_options.executable_build_options.use_shardy_partitioner = False
+        # As torch_xla does: otherwise each result is made whole on each chip.
+        compile_options.executable_build_options.allow_spmd_sharding_propagation_to_output = [partitions > 1]
         try:
             executable = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), compile_options)
         except Exception as error:  # of jaxlib's own types; the text is all that is in them

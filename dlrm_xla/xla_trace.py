@@ -17,8 +17,10 @@ import torch_xla.core.xla_builder as xla_builder
 import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dlrm_xla.devices import Device
+from dlrm_xla.xla_spmd import Mesh
 from dlrm_xla.xla_steps import RecordedStep, tensors_in
 
 _XLAC = torch_xla._XLAC
@@ -28,13 +30,15 @@ _XLAC = torch_xla._XLAC
 class Argument:
     """One argument of a traced step: its name in the model, shape and type.
 
-    ``donated``: the step writes to it in place, so its buffer holds a result.
+    ``donated``: the step writes to it in place, so its buffer holds a result. ``sharding`` is what XLA calls it where
+    there are several chips: cut along its first dimension, or whole on each.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     donated: bool
+    sharding: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,63 @@ def placeholder(tensor: Tensor) -> Tensor:
     return made
 
 
+class PlaceholderMesh(Mesh):
+    """Several chips for placeholders, which carry no marks: it is known which are cut, and said of the arguments."""
+
+    def __init__(self) -> None:
+        self._cut = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        super().__init__()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """As for a step that runs."""
+        sent = super().send(tensor)
+        self._cut[sent] = None
+        return sent
+
+    def cut_placeholder(self, tensor: Tensor) -> Tensor:
+        """A placeholder that chips share."""
+        made = placeholder(tensor)
+        self._cut[made] = None
+        return made
+
+    def sharding(self, tensor: Tensor) -> str:
+        """How a tensor lies on the chips, in XLA's words."""
+        ones = ",1" * (tensor.dim() - 1)
+        return f"{{devices=[{self.count}{ones}]<=[{self.count}]}}" if tensor in self._cut else "{replicated}"
+
+    def mark_results(self, results: Sequence[Tensor]) -> None:
+        """Results lie as the argument does that they are written to, where that has values; outputs are whole."""
+        for tensor in results:
+            self._mark(tensor, tensor in self._cut)
+
+    def _local(self, array: Tensor) -> Tensor:
+        named = array.clone()  # another name of the argument, which must stay one
+        self._mark(named, True)
+        local: Tensor = _XLAC._spmd_full_to_shard_shape(named)
+        return local
+
+    def _mark(self, tensor: Tensor, cut: bool) -> None:
+        spec = ("chips" if cut and not d else None for d in range(tensor.dim()))
+        _XLAC._xla_annotate_custom_sharding(tensor, self._mesh.get_op_sharding(tuple(spec)))
+
+
 def on_shapes(device: Device) -> Device:
     """The device on which modules become placeholders, and rows lie as a TPU lays them out."""
 
-    def place(module: nn.Module) -> nn.Module:
-        placed: nn.Module = module._apply(placeholder)  # type: ignore[no-untyped-call]
-        return placed
+    def placed(make: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], nn.Module]:
+        return lambda module: module._apply(make)  # type: ignore[no-untyped-call]
 
-    return replace(device, place=place, place_rows=place, rows=device.planned)
+    if device.rows.chips is None:
+        place = placed(placeholder)
+        return replace(device, place=place, place_rows=place, send=placeholder, rows=device.planned)
+    mesh = PlaceholderMesh()
+    return replace(
+        device,
+        place=placed(placeholder),
+        place_rows=placed(mesh.cut_placeholder),
+        send=mesh.cut_placeholder,
+        rows=replace(device.planned, chips=mesh),
+    )
 
 
 def trace(
@@ -74,8 +127,11 @@ def trace(
     modules: Mapping[str, nn.Module],
     state: Mapping[str, Tensor],
     rate: float | None = None,
+    mesh: PlaceholderMesh | None = None,
 ) -> TracedStep:
     """Traces ``step(*args, rate=rate)``, which reads and writes placeholders; nothing is run.
+
+    ``mesh``: that of a device of several chips.
 
     ``modules`` are all that the step calls, by name, ``state`` what no module holds. In the module that comes back, an
     operation's own name follows that of the innermost one at work: ``top.2/aten::addmm``, or in its backward
@@ -92,6 +148,8 @@ def trace(
             return step(*args, **rates)
 
     def write(results: list[Tensor]) -> None:
+        if mesh:
+            mesh.mark_results(results)
         written.append((xm.get_stablehlo_bytecode(results), plain_text(results)))
 
     rates = {} if rate is None else {"rate": rate}
@@ -109,7 +167,8 @@ def trace(
             "batch" if isinstance(source, int) else "constant" if constant else owners.get(id(tensor), "other state")
         )
         donated = any(tensor is t for t in traced.written)
-        arguments.append(Argument(label, tuple(tensor.shape), tensor.dtype, donated))
+        sharding = mesh.sharding(tensor) if mesh else ""
+        arguments.append(Argument(label, tuple(tensor.shape), tensor.dtype, donated, sharding))
     return TracedStep(*written[0], arguments)
 
 
@@ -117,7 +176,8 @@ def plain_text(results: list[Tensor]) -> str:
     """Pending tensors as StableHLO without names of operations, their places in source and running numbers."""
     lines = str(xm.get_stablehlo(results)).splitlines()
     program = (line for line in lines if re.search(r"stablehlo\.|func\.|return|call |\^bb|\}\)", line))
-    return re.sub(r'\.\d+\b|"[^"]*"|#loc.*|\[unknown\]', "", "\n".join(program))
+    # What is left of strings is shardings.
+    return re.sub(r'("\{[^"]*")|\.\d+\b|"[^"]*"|#loc.*|\[unknown\]', r"\1", "\n".join(program))
 
 
 @contextmanager

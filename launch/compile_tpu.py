@@ -1,6 +1,7 @@
 """Compiles the steps that launch/run.py would run for a TPU that is not there, and says what they cost on it.
 
 python launch/compile_tpu.py --chip v5e --plugin tensorly_tt --preset kaggle
+python launch/compile_tpu.py --chip v5e --chips 16 --preset kaggle
 python launch/compile_tpu.py --chip v5e v6e --plugin exact hash_rows --preset kaggle --batch-size 2048 --compare
 
 XLA's TPU compiler comes with libtpu (extra tpu-compiler) and needs no TPU. Tables are shapes here: no data, no memory.
@@ -13,21 +14,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tpu_compare
 from run import INTERRUPTED, add_settings
-from tpu_steps import Traced, compile_step, step_report, trace_steps
+from tpu_chips import Tracers, scaling
+from tpu_steps import compile_step, step_report
 
 from dlrm_xla import registry
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.errors import UserError
-from dlrm_xla.tpu import CHIPS, Chip, find_chip
+from dlrm_xla.tpu import CHIPS, Chip, Slice, find_chip, find_slice
 from dlrm_xla.tpu_compile import compiler_version
 
 DOES_NOT_FIT = 3
@@ -49,6 +54,13 @@ def flags() -> argparse.ArgumentParser:
         "--batch-size", nargs="+", type=int, metavar="N", help="samples per step; several with --compare"
     )
     parser.add_argument("--dim", nargs="+", type=int, metavar="N", help="width of a row; several with --compare")
+    parser.add_argument(
+        "--chips",
+        nargs="+",
+        default=["1"],
+        metavar="N",
+        help="chips that share the step by SPMD, or their topology such as 4x4; several with --compare",
+    )
     add_settings(parser, SETTINGS)
     parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write; with --compare a folder")
@@ -69,17 +81,23 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlrm_xla" / "tpu"
 
 
-def report_of(config: Config, chip: Chip, cache: Path, traced: list[Traced], about: dict[str, Any]) -> dict[str, Any]:
-    """Compiles both steps for a chip; the train step's figures are the report's own."""
+def report_of(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tracers) -> dict[str, Any]:
+    """Compiles both steps for a slice; the train step's figures are the report's own."""
+    traced, about = tracers.trace(config, slice.devices)
     steps = {}
+    on = chip.name if slice.devices == 1 else f"{slice.devices} x {chip.name}"
     began = time.monotonic()
     for step in traced:
-        what = f"{config.plugin}, {step.name} step for {chip.name}"
+        what = f"{config.plugin}, {step.name} step for {on}"
         print(what, file=sys.stderr)
-        compiled = compile_step(step, chip, cache, lambda line, what=what: print(f"{what}: {line}", file=sys.stderr))
-        steps[step.name] = step_report(step, compiled, chip)
+        say = partial(_say, what)
+        compiled = compile_step(step, chip, slice, cache, say)
+        steps[step.name] = step_report(step, compiled, chip, slice)
     return {
         "chip": chip.name,
+        "chips": math.prod(slice.axes),
+        "devices": slice.devices,
+        "topology": slice.topology,
         "plugin": config.plugin,
         "preset": config.preset,
         "batch_size": config.batch_size,
@@ -91,30 +109,48 @@ def report_of(config: Config, chip: Chip, cache: Path, traced: list[Traced], abo
         "seconds": round(time.monotonic() - began, 1),
         **about,
         **steps["train"],
+        **{f"per_chip_{name}": steps["train"][name] for name in ("argument_bytes", "temporary_bytes")},
         "forward": steps["forward"],
     }
+
+
+def report_of_several(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tracers) -> dict[str, Any]:
+    """The report of a slice, compared with one device where it has more."""
+    report = report_of(config, chip, slice, cache, tracers)
+    if slice.devices == 1:
+        return report
+    one = find_slice(chip, "1")
+    sizes = (config.batch_size, config.batch_size // slice.devices)
+    alone, part = (report_of(replace(config, batch_size=size), chip, one, cache, tracers) for size in sizes)
+    return report | {"scaling": scaling(report, alone, part)}
+
+
+def _say(what: str, line: str) -> None:
+    print(f"{what}: {line}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the flags and returns the exit code: 0, 2 for the user's mistakes, 3 where it does not fit, 130."""
     given = vars(flags().parse_args(arguments))
     file, out, compare, cache = (given.pop(name) for name in ("config", "out", "compare", "cache"))
+    tracers = Tracers()
     try:
         compiler_version()
         chips = [find_chip(name) for name in given.pop("chip")]
+        numbers = given.pop("chips")
+        slices = [(chip, find_slice(chip, number)) for chip in chips for number in numbers]
         several = {name: given.pop(name, [None]) for name in SEVERAL}
         cases = list(itertools.product(*several.values()))
-        if len(cases) * len(chips) > 1 and not compare:
-            raise UserError(f"{len(cases) * len(chips)} steps were asked for; --compare makes a table of several")
+        if len(cases) * len(slices) > 1 and not compare:
+            raise UserError(f"{len(cases) * len(slices)} steps were asked for; --compare makes a table of several")
         tpu_compare.check_out(out, compare)
         reports = []
         for case in cases:
             values = {name: value for name, value in zip(several, case, strict=True) if value is not None}
             config, _ = resolve({**given, **values, "device": "xla"}, file)
             registry.parse(config.plugin)
-            traced, about = trace_steps(config)
-            for chip in chips:
-                reports.append(report_of(config, chip, cache, traced, about))
+            for chip, slice in slices:
+                reports.append(report_of_several(config, chip, slice, cache, tracers))
                 if not compare:
                     print(text(reports[-1]))
         if compare:
@@ -131,17 +167,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; steps that were compiled are kept and cost nothing the next time", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        tracers.close()
 
 
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [
         f"\n{report['plugin']}, preset {report['preset']}, batch {report['batch_size']:,}, dim {report['dim']}, "
-        f"rows by {report['row_optimizer']}, on one {report['chip']}; {report['compiler']}; nothing was run"
+        f"rows by {report['row_optimizer']}, on {_where(report)}; {report['compiler']}; nothing was run"
     ]
     for name, step in (("train", report), ("forward", report["forward"])):
-        lines += [f"\n{name} step", *_memory(step), *_time(step)]
+        lines += [f"\n{name} step", *_memory(step), *_time(step), *_between(step)]
+    if "scaling" in report:
+        lines += _scaling(report)
     return "\n".join(lines)
+
+
+def _where(report: dict[str, Any]) -> str:
+    if report["devices"] == 1:
+        return f"one {report['chip']}"
+    return f"{report['devices']} devices of {report['topology']}, figures are those of each"
+
+
+def _between(step: dict[str, Any]) -> list[str]:
+    """What goes between chips."""
+    if not step["collectives"]:
+        return []
+    lines = ["  between chips                 ms           KB"]
+    for c in step["collectives"]:
+        lines.append(f"{c['ms']:32.4f} {c['bytes'] / 1e3:12,.1f}  {c['kind']:<20}{c['what'][:60]}")
+    as_large = "*** AS LARGE AS A TABLE: " if step["collective_as_large_as_a_table"] else ""
+    lines.append(
+        f"  {as_large}the largest has {step['largest_collective_bytes']:,} bytes, "
+        f"the largest array of rows {step['largest_table_bytes']:,}"
+    )
+    return lines
+
+
+def _scaling(report: dict[str, Any]) -> list[str]:
+    found = report["scaling"]
+
+    def line(what: str, single: float | None, efficiency: float | None) -> str:
+        if single is None or efficiency is None:
+            return f"  {what}: one chip cannot hold it"
+        return f"  {what}: {efficiency:.2f} (one chip takes {single:.3f} ms)"
+
+    part = report["batch_size"] // report["devices"]
+    return [
+        "\nscaling efficiency against one chip, estimated",
+        line(f"the same batch of {report['batch_size']:,}", found["one_chip_ms"], found["efficiency_at_this_batch"]),
+        line(
+            f"the same batch per chip, {part:,}",
+            found["one_chip_ms_of_its_part"],
+            found["efficiency_at_this_batch_per_chip"],
+        ),
+    ]
 
 
 def _memory(step: dict[str, Any]) -> list[str]:
@@ -164,7 +245,8 @@ def _time(step: dict[str, Any]) -> list[str]:
     small = f", and {step['uncovered_small']} small ones" if step["uncovered_small"] else ""
     lines = [
         f"  estimated time        {step['estimated_ms']:10.3f} ms = {step['known_ms']:.3f} by the compiler's "
-        f"{step['known_cycles']:,} cycles + {step['modelled_ms']:.3f} modelled",
+        f"{step['known_cycles']:,} cycles + {step['modelled_ms']:.3f} modelled"
+        + (f" + {step['collective_ms']:.3f} between chips" if step["collectives"] else ""),
         f"  lower bound           {step['lower_bound_ms']:10.3f} ms, {step['ratio_to_lower_bound']:.1f} times less",
         f"  bytes accessed        {step['bytes_accessed'] / 1e9:10.3f} GB, {step['flops'] / 1e9:,.2f} GFLOP by the "
         "compiler's analysis",

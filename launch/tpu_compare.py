@@ -12,8 +12,8 @@ import matplotlib
 from dlrm_xla.errors import UserError
 
 TITLES = [
-    *("chip", "plugin", "batch", "dim", "fits", "arguments GB", "temporaries GB", "known cycles", "bytes GB"),
-    *("estimated ms", "of it modelled", "lower bound ms", "forward ms", "table copies"),
+    *("chip", "chips", "plugin", "batch", "dim", "fits", "arguments GB", "temporaries GB", "known cycles", "bytes GB"),
+    *("estimated ms", "of it modelled", "between chips", "lower bound ms", "forward ms", "table copies"),
 ]
 
 
@@ -51,6 +51,7 @@ def _row(r: dict[str, Any]) -> list[str]:
 
     return [
         r["chip"],
+        str(r["chips"]),
         r["plugin"],
         str(r["batch_size"]),
         str(r["dim"]),
@@ -61,6 +62,7 @@ def _row(r: dict[str, Any]) -> list[str]:
         number(r["bytes_accessed"], ",.3f", 1e9),
         number(r["estimated_ms"], ",.3f"),
         number(r["modelled_ms"], ",.3f"),
+        number(r["collective_ms"], ",.3f"),
         number(r["lower_bound_ms"], ",.3f"),
         number(r["forward"]["estimated_ms"], ",.3f"),
         str(len(r["whole_table_copies"]) + len(r["forward"]["whole_table_copies"])),
@@ -72,12 +74,15 @@ def plot(reports: Sequence[dict[str, Any]], folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = [f"{r['plugin']}\n{r['chip']}, batch {r['batch_size']}, dim {r['dim']}" for r in reports]
+    labels = [f"{r['plugin']}\n{r['chips']} x {r['chip']}, batch {r['batch_size']}, dim {r['dim']}" for r in reports]
     figure, (time, memory, share) = pyplot.subplots(1, 3, figsize=(18, 2 + 0.5 * len(reports)), sharey=True)
     places = list(range(len(reports)))[::-1]
     known, modelled = ([r[key] or 0.0 for r in reports] for key in ("known_ms", "modelled_ms"))
     time.barh(places, known, label="compiler's cycles")
     time.barh(places, modelled, left=known, label="model")
+    both = [a + b for a, b in zip(known, modelled, strict=True)]
+    if any(r["collective_ms"] for r in reports):
+        time.barh(places, [r["collective_ms"] or 0.0 for r in reports], left=both, label="between chips")
     time.plot([r["lower_bound_ms"] for r in reports], places, "k|", markersize=14, label="lower bound")
     time.set_xlabel("ms of a train step, estimated")
     time.set_xscale("log")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlrm_xla import hlo, step_cost
 from dlrm_xla.batches import PackedBatch
+from dlrm_xla.collectives import collectives
 from dlrm_xla.config import Config
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
@@ -22,7 +23,7 @@ from dlrm_xla.row_optim import RULES
 from dlrm_xla.rows import RowStack
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.step_cost import Cost, Table
-from dlrm_xla.tpu import Chip, Touched, lower_bound, storage_bytes
+from dlrm_xla.tpu import Chip, Slice, Touched, lower_bound, storage_bytes
 from dlrm_xla.tpu_compile import Compiled, compile_for
 from dlrm_xla.train import Steps
 
@@ -33,7 +34,7 @@ DEAREST = 10
 
 @dataclass(frozen=True)
 class Traced:
-    """One step of a model: its program, the rows that it touches, its large arrays and what each argument is."""
+    """One step of a model: its program, rows touched and large arrays on one chip, and what each argument is."""
 
     name: str
     artifact: bytes
@@ -42,10 +43,15 @@ class Traced:
     donated: list[int]
     touched: list[Touched]
     tables: list[Table]
+    devices: int = 1
 
     def bytes_of(self, *kinds: str) -> int:
-        """Bytes that arguments of these kinds take on the chip."""
-        return sum(storage_bytes(a.shape, a.dtype) for a in self.arguments if kind_of(a.name) in kinds)
+        """Bytes that arguments of these kinds take on one chip."""
+        return sum(storage_bytes(self.on_one(a), a.dtype) for a in self.arguments if kind_of(a.name) in kinds)
+
+    def on_one(self, argument: Any) -> tuple[int, ...]:
+        """The shape of an argument's part on one chip."""
+        return _part(argument, self.devices)
 
 
 def kind_of(name: str) -> str:
@@ -63,6 +69,8 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
     from dlrm_xla import xla_trace
 
     device = xla_trace.on_shapes(opened)
+    num_chips = device.rows.num_chips
+    mesh = device.rows.chips if isinstance(device.rows.chips, xla_trace.PlaceholderMesh) else None
     plan = make_plan(config, device, device.rows, None)
     with shapes_alone():
         model = DLRM(
@@ -94,25 +102,34 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
 
     def batch() -> PackedBatch:
         shapes = (((size, NUM_DENSE), torch.float32), ((size, slots), torch.int32), ((size,), torch.float32))
-        parts = (xla_trace.placeholder(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes)
-        return PackedBatch(*parts)
+        return PackedBatch(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)).sent(
+            device.send
+        )
 
     traced = []
     for name, step, rate in (("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)):
         for counts in looked_up:
             counts.clear()
-        found = xla_trace.trace(step, name, [batch()], modules, state, rate)
+        found = xla_trace.trace(step, name, [batch()], modules, state, rate, mesh)
         touched = [
-            _touched(stack, sum(counts), config) for stack, counts in zip(steps.rows.stacks, looked_up, strict=True)
+            _touched(stack, -(-sum(counts) // num_chips), config)
+            for stack, counts in zip(steps.rows.stacks, looked_up, strict=True)
         ]
         large = [
-            Table(a.name, a.shape, a.name in tables and tables[a.name].placement == "sparse")
+            Table(a.name, _part(a, num_chips), a.name in tables and tables[a.name].placement == "sparse")
             for a in found.arguments
             if a.name.startswith(("rows", "bags")) and math.prod(a.shape) >= 2**18
         ]
-        traced.append(Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large))
+        traced.append(
+            Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large, num_chips)
+        )
     replaced = {p.name: p.plugin for p in plan.bags}
     return traced, {"plugins_of_tables": replaced, "embedding_bytes": sum(p.bytes for p in plan.bags)}
+
+
+def _part(argument: Any, devices: int) -> tuple[int, ...]:
+    shape: tuple[int, ...] = argument.shape
+    return (shape[0] // devices, *shape[1:]) if "devices=" in argument.sharding else shape
 
 
 def _tables_of(stack: RowStack) -> str:
@@ -139,12 +156,14 @@ def _touched(stack: RowStack, ids: int, config: Config) -> Touched:
     return Touched(rows, stack.dim, kinds.count("element"), kinds.count("row"))
 
 
-def compile_step(traced: Traced, chip: Chip, cache: Path | None, say: Callable[[str], None]) -> Compiled:
-    """Compiles a step for one device of a chip."""
+def compile_step(traced: Traced, chip: Chip, slice: Slice, cache: Path | None, say: Callable[[str], None]) -> Compiled:
+    """Compiles a step for the devices of a slice."""
     return compile_for(
-        chip.topology,
+        slice.topology,
         traced.artifact,
         traced.donated,
+        shardings=[a.sharding for a in traced.arguments] if traced.devices > 1 else (),
+        partitions=traced.devices,
         chip_config=chip.chip_config,
         cache=cache,
         identity=traced.text,
@@ -152,19 +171,19 @@ def compile_step(traced: Traced, chip: Chip, cache: Path | None, say: Callable[[
     )
 
 
-def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any]:
-    """The figures of one step on one chip; those of a step that was refused for its size are None."""
+def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) -> dict[str, Any]:
+    """The figures of one step on one chip of a slice; those of a step that was refused for its size are None."""
     memory = {
         "parameter_bytes": traced.bytes_of("parameters"),
         "optimizer_bytes": traced.bytes_of("optimizer"),
         "batch_bytes": traced.bytes_of("batch"),
-        "unpadded_bytes": sum(math.prod(a.shape) * a.dtype.itemsize for a in traced.arguments),
+        "unpadded_bytes": sum(math.prod(traced.on_one(a)) * a.dtype.itemsize for a in traced.arguments),
         "modelled_argument_bytes": traced.bytes_of("parameters", "optimizer", "batch", "other"),
         "hbm_bytes": chip.hbm_bytes,
     }
     memory["padding_bytes"] = memory["modelled_argument_bytes"] - memory["unpadded_bytes"]
     others = memory["modelled_argument_bytes"] - sum(
-        storage_bytes(a.shape, a.dtype)
+        storage_bytes(traced.on_one(a), a.dtype)
         for a in traced.arguments
         if any(t.name == a.name and t.sparse for t in traced.tables)
     )
@@ -177,6 +196,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any
             "temporary_bytes",
             "known_ms",
             "modelled_ms",
+            "collective_ms",
             "estimated_ms",
         )
         return (
@@ -189,6 +209,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any
                 "verdict": _refusal(compiled.error),
                 "uncovered_operations": [],
                 "whole_table_copies": [],
+                "collectives": [],
                 "dearest": [],
                 "parts_ms": {},
             }
@@ -197,6 +218,10 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any
     costs = step_cost.costs(module, chip)
     known = sum(c.seconds for c in costs if not c.modelled)
     modelled = sum(c.seconds for c in costs if c.modelled)
+    sent = exchanged(module, chip, slice)
+    between = sum(c["ms"] for c in sent) / 1e3
+    largest_table = max((math.prod(t.dims) * 4 * traced.devices for t in traced.tables), default=0)
+    largest = max((c["bytes"] for c in sent), default=0)
     flops = compiled.cost.get("flops", 0.0)
     bound = lower_bound(chip, traced.touched, other_bytes=others, flops=flops, training=traced.name == "train")
     used = compiled.memory
@@ -215,10 +240,15 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any
         "known_cycles": hlo.sum_cycles(module.schedule),
         "known_ms": known * 1e3,
         "modelled_ms": modelled * 1e3,
-        "estimated_ms": (known + modelled) * 1e3,
+        "collective_ms": between * 1e3,
+        "estimated_ms": (known + modelled + between) * 1e3,
+        "collectives": sent,
+        "largest_collective_bytes": largest,
+        "largest_table_bytes": largest_table,
+        "collective_as_large_as_a_table": bool(largest_table) and largest >= largest_table,
         "lower_bound_ms": bound.seconds * 1e3,
         "lower_bound_bytes": bound.bytes,
-        "ratio_to_lower_bound": (known + modelled) / bound.seconds,
+        "ratio_to_lower_bound": (known + modelled + between) / bound.seconds,
         "flops": flops,
         "bytes_accessed": compiled.cost.get("bytes accessed"),
         "uncovered_operations": [described(c, traced) for c in uncovered if not step_cost.is_small(c.operation)],
@@ -232,6 +262,19 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip) -> dict[str, Any
     }
 
 
+def exchanged(module: hlo.Module, chip: Chip, slice: Slice) -> list[dict[str, Any]]:
+    """The collectives of a step for people, with the time that the model gives them."""
+    return [
+        {
+            "kind": c.kind,
+            "bytes": c.bytes,
+            "ms": slice.exchange_seconds(chip, c.kind, c.bytes) * 1e3,
+            "what": c.op_name,
+        }
+        for c in collectives(module)
+    ]
+
+
 def described(cost: Cost, traced: Traced) -> dict[str, Any]:
     """An operation for people: what it is, where in the model, on which table, and its time."""
     operation = cost.operation
@@ -239,7 +282,9 @@ def described(cost: Cost, traced: Traced) -> dict[str, Any]:
         tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"\[(\d[\d,]*)\]", operation.line)
     }
     tables = [
-        a.name for a in traced.arguments if kind_of(a.name) == "parameters" and len(a.shape) > 1 and a.shape in shapes
+        a.name
+        for a in traced.arguments
+        if kind_of(a.name) == "parameters" and len(a.shape) > 1 and traced.on_one(a) in shapes
     ]
     results = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in operation.results[:2])
     return {

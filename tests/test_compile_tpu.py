@@ -9,6 +9,7 @@ import torch
 from conftest import launch_script, needs_xla
 
 from dlrm_xla import hlo, step_cost, tpu_compile
+from dlrm_xla.collectives import collectives
 from dlrm_xla.config import resolve
 from dlrm_xla.errors import UserError
 from dlrm_xla.tpu import CHIPS
@@ -100,6 +101,39 @@ def test_copies_of_whole_tables_are_found(module):
     assert [e.operation.name for e, _ in step_cost.whole_table_copies(module, tables)] == ["relaid"]
 
 
+CHIPS_MODULE = """HloModule step, is_scheduled=true
+
+%all-reduce-scatter (input: f32[2048,26,16]) -> f32[512,26,16] {
+  %input = f32[2048,26,16]{2,1,0} parameter(0)
+  ROOT %all-reduce.1 = f32[2048,26,16]{2,1,0} all-reduce(%input), channel_id=28, to_apply=%add
+}
+
+%part (p: s32[512,26]) -> s32[2048,26] {
+  %p = s32[512,26]{1,0} parameter(0)
+  ROOT %all-gather.2 = s32[2048,26]{1,0} all-gather(%p), channel_id=2, dimensions={0}
+}
+
+ENTRY %main (bags: f32[2048,26,16], ids: s32[512,26]) -> f32[512,26,16] {
+  %bags = f32[2048,26,16]{2,1,0} parameter(0)
+  %ids = s32[512,26]{1,0} parameter(1)
+  %started = s32[2048,26]{1,0} fusion(%ids), kind=kCustom, calls=%part, metadata={op_name="bags.20/aten__add"}
+  %done = s32[2048,26]{1,0} fusion(%ids), kind=kCustom, calls=%part
+  %sum = (f32[16]{0}, f32[8,16]{1,0}) all-reduce(%a, %b), channel_id=5, to_apply=%add
+  ROOT %mine = f32[512,26,16]{2,1,0} fusion(%bags), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_collectives_are_counted_once_by_their_channel_and_not_as_work():
+    module = hlo.read(CHIPS_MODULE)
+    assert [(c.kind, c.bytes) for c in collectives(module)] == [
+        ("reduce-scatter", 2048 * 26 * 16 * 4),
+        ("all-gather", 2048 * 26 * 4),
+        ("all-reduce", 64 + 512),
+    ]
+    assert step_cost.costs(module, CHIPS["v5e"]) == []
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.read("nothing")
@@ -113,6 +147,9 @@ def test_what_is_no_module_is_refused():
         (["--chip", "v5e", "v6e"], "--compare makes a table of several"),
         (["--plugin", "tensorly_t"], "tensorly_tt"),
         (["--preset", "kagle"], "kaggle"),
+        (["--chips", "5"], "v5e comes in 1, 4, 8, 16, 32, 64, 128, 256 chips, or name a topology such as 2x2"),
+        (["--chip", "v4", "--chips", "2x2"], "v4 comes in"),
+        (["--chips", "4", "--batch-size", "30"], "30 cannot be cut into equal parts for 4 chips"),
         (["--out", "nowhere/else/x.json"], "a folder that exists"),
         (["--dim", "0"], "dim is 0"),
     ],
@@ -152,7 +189,7 @@ def test_traced_on_shapes_is_what_a_step_runs(plugin):
     from dlrm_xla.train import Steps
     from dlrm_xla.xla_steps import RecordedStep
 
-    tpu_steps = sys.modules[launch_script("compile_tpu").trace_steps.__module__]
+    tpu_steps = sys.modules[launch_script("compile_tpu").compile_step.__module__]
     config = replace(small(plugin=plugin), synthetic_tables=[3000, 40, 2000], bottom=[8], top=[8])
     (train, _), _ = tpu_steps.trace_steps(config)
 
@@ -203,6 +240,24 @@ def test_a_small_model_compiles_for_a_chip(chip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", "/nowhere")
     assert script.main(command) == 0
     capsys.readouterr()
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.slow
+def test_four_chips_share_a_step(tmp_path, capsys):
+    command = ["--chip", "v5e", "--chips", "4", "--preset", "kaggle", "--batch-size", "256"]
+    command += ["--cache", str(tmp_path), "--out", str(tmp_path / "r.json"), "--row-optimizer", "sgd"]
+    assert launch_script("compile_tpu").main(command) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["argument_bytes"] == report["modelled_argument_bytes"]  # a quarter of the rows, to the byte
+    assert report["output_bytes"] < 1e6  # rows stay in their buffers
+    assert report["largest_collective_bytes"] == 256 * 26 * 16 * 4  # pooled bags, or their gradients
+    assert not report["collective_as_large_as_a_table"]
+    assert {"all-gather", "all-reduce"} <= {c["kind"] for c in report["collectives"]}
+    assert report["whole_table_copies"] == []
+    assert 0 < report["scaling"]["efficiency_at_this_batch"] <= 1
+    assert "between chips" in capsys.readouterr().out
 
 
 @needs_xla
