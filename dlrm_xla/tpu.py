@@ -51,16 +51,15 @@ _GB, _GIB, _MIB = 1e9, 2**30, 2**20
 # jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2. HBM: the figure in libtpu 0.0.42's error for a program that is too
 # large. Flops a cycle and TensorCore: 4 units of 128 x 128 do 131,072; 2 units of 256 x 256 (v6e, 7x) do 524,288, two
 # passes a cycle, for the compiler schedules 369,912 flops a cycle there and one pass would be 262,144. The clocks that
-# follow for v4, v5e and v5p are the published ones (Jouppi et al. 2023, table 4; the scaling book, "TPUs"). Links: half
-# of the bidirectional bandwidth of a chip on the same pages (v5e 400, v5p 1200 GB/s) over its 4 or 6 ports; those of v4
-# (50 GB/s), v6e and tpu7x likewise.
+# follow for v4, v5e and v5p are the published ones (Jouppi et al. 2023, table 4; the scaling book, "TPUs"). Links: one
+# way, the scaling book's table of the interconnect; Google's pages give a chip's ports together, 5 to 12 % more.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 16 * _MIB, 1.05e9, 50 * _GB, 2, 4, "megacore"),
-        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 128 * _MIB, 1.5e9, 50 * _GB, 1, 0),
-        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 64 * _MIB, 1.75e9, 100 * _GB, 2, 4),
-        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 128 * _MIB, 1.75e9, 100 * _GB, 1, 2),
+        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 16 * _MIB, 1.05e9, 45 * _GB, 2, 4, "megacore"),
+        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 128 * _MIB, 1.5e9, 45 * _GB, 1, 0),
+        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 64 * _MIB, 1.75e9, 90 * _GB, 2, 4),
+        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 128 * _MIB, 1.75e9, 90 * _GB, 1, 2),
         Chip(
             "tpu7x",
             "tpu7x:2x2x1",
@@ -69,7 +68,7 @@ CHIPS = {
             1153.5e12,
             64 * _MIB,
             2.2e9,
-            100 * _GB,
+            90 * _GB,
             1,
             2,
             "default",

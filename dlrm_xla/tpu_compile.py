@@ -101,7 +101,7 @@ def compile_for(
         log = _run(folder, say)
         answer = folder / "answer.json"
         if not answer.exists():
-            raise UserError(f"the TPU compiler ended without a result for {topology}: {_last_line(log)}")
+            raise UserError(f"the TPU compiler ended without a result for {topology}: {_why(log)}")
         compiled = Compiled(
             **json.loads(answer.read_text()), compiler=compiler, seconds=round(time.monotonic() - began, 1)
         )
@@ -142,8 +142,10 @@ def _run(folder: Path, say: Callable[[str], None]) -> str:
     return log.read_text(errors="replace")
 
 
-def _last_line(log: str) -> str:
-    return (log.strip().splitlines() or ["it said nothing"])[-1]
+def _why(log: str) -> str:
+    """The line of a log that names a failed check, else its last."""
+    lines = log.strip().splitlines() or ["it said nothing"]
+    return next((line for line in lines if "Check failed" in line), lines[-1])
 
 
 def _compile(folder: Path) -> dict[str, Any]:
@@ -165,6 +167,8 @@ def _compile(folder: Path) -> dict[str, Any]:
     with mlir.make_ir_context() as context:
         module = stablehlo.deserialize_portable_artifact(context, (folder / "step.mlirbc").read_bytes())
         main: Any = module.body.operations[0]
+        if partitions > 1:
+            _enter_shards(main)
         # The attribute that jax itself gives donated arguments: XLA pairs them with results, as it does for torch_xla.
         donor = {"jax.buffer_donor": ir.BoolAttr.get(True)}
         given: Any = main.attributes["arg_attrs"] if "arg_attrs" in main.attributes else [{}] * len(main.type.inputs)
@@ -198,6 +202,40 @@ def _compile(folder: Path) -> dict[str, Any]:
         "cost": {n: cost[n] for n in ("flops", "bytes accessed", "transcendentals") if n in cost},
         "hlo": executable.hlo_modules()[0].to_string(),
     }
+
+
+def _enter_shards(main: Any) -> None:
+    """Has every value that the part written for one chip reads come into it by name, as `jax.shard_map` does.
+
+    torch_xla marks the arrays that a step names, not the numbers beside them; at such a number libtpu 0.0.42 ends with
+    "Check failed: new_num_elements == num_elements()" in its propagation of shardings.
+    """
+    from jaxlib.mlir import ir
+
+    def called(operation: Any) -> str:
+        name: str = operation.attributes["call_target_name"].value if operation.name == "stablehlo.custom_call" else ""
+        return name
+
+    def custom_call(target: str, value: Any, sharding: str) -> Any:
+        attributes = {"call_target_name": ir.StringAttr.get(target), "mhlo.sharding": ir.StringAttr.get(sharding)}
+        made = ir.Operation.create("stablehlo.custom_call", [value.type], [value], attributes)  # type: ignore[arg-type]
+        return made.results[0]
+
+    inside: set[Any] = set()
+    entered: dict[Any, Any] = {}
+    for view in list(main.regions[0].blocks[0].operations):
+        operation = view.operation
+        if called(operation) == "SPMDFullToShardShape":
+            inside |= set(operation.results)
+        if called(operation).startswith("SPMD") or not any(v in inside for v in operation.operands):
+            continue
+        for place, value in enumerate(operation.operands):
+            if value not in inside and value not in entered:
+                with ir.InsertionPoint(view), ir.Location.unknown():
+                    whole = custom_call("Sharding", value, "{replicated}")
+                    entered[value] = custom_call("SPMDFullToShardShape", whole, "{manual}")
+            operation.operands[place] = entered.get(value, value)
+        inside |= set(operation.results)
 
 
 if __name__ == "__main__":

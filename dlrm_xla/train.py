@@ -56,6 +56,15 @@ def row_settings(config: Config) -> RowSettings:
     return RowSettings(config.row_optimizer, weight_decay=config.row_weight_decay, state=config.row_state)
 
 
+def check_batch(size: int, chips: int) -> None:
+    """Raises UserError where chips would have unequal parts of a batch."""
+    if size % chips:
+        raise UserError(
+            f"a batch of {size} cannot be cut into equal parts for {chips} chips: take --batch-size "
+            f"{-(-size // chips) * chips}, or fewer chips"
+        )
+
+
 class Steps:
     """The train and the evaluation step of one model on one device, each one graph where the device has graphs."""
 
@@ -73,12 +82,7 @@ class Steps:
         self.ranks = ranks
         self.config = config
         self.bag_lengths = list(bag_lengths)
-        chips = device.rows.num_chips
-        if config.batch_size % chips:
-            raise UserError(
-                f"a batch of {config.batch_size} cannot be cut into equal parts for {chips} chips: take --batch-size "
-                f"{-(-config.batch_size // chips) * chips}, or fewer chips"
-            )
+        check_batch(config.batch_size, device.rows.num_chips)
         settings = row_settings(config)
         self.rows: RowStore | TorchrecRows
         if shards:

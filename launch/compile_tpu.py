@@ -34,6 +34,7 @@ from dlrm_xla.config import Config, resolve
 from dlrm_xla.errors import UserError
 from dlrm_xla.tpu import CHIPS, Chip, Slice, find_chip, find_slice
 from dlrm_xla.tpu_compile import compiler_version
+from dlrm_xla.train import check_batch
 
 DOES_NOT_FIT = 3
 SETTINGS = {"preset", "min_rows", "ratio", "precision", "dense_optimizer", "row_optimizer"}
@@ -144,15 +145,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(cases) * len(slices) > 1 and not compare:
             raise UserError(f"{len(cases) * len(slices)} steps were asked for; --compare makes a table of several")
         tpu_compare.check_out(out, compare)
-        reports = []
+        configs = []
         for case in cases:
             values = {name: value for name, value in zip(several, case, strict=True) if value is not None}
             config, _ = resolve({**given, **values, "device": "xla"}, file)
             registry.parse(config.plugin)
-            for chip, slice in slices:
-                reports.append(report_of_several(config, chip, slice, cache, tracers))
-                if not compare:
-                    print(text(reports[-1]))
+            for _, slice in slices:
+                check_batch(config.batch_size, slice.devices)
+            configs.append(config)
+        reports = []
+        for config, (chip, slice) in itertools.product(configs, slices):
+            reports.append(report_of_several(config, chip, slice, cache, tracers))
+            if not compare:
+                print(text(reports[-1]))
         if compare:
             tpu_compare.write(reports, out)
         elif out:

@@ -70,10 +70,10 @@ def test_slices_and_their_exchanges_by_hand():
     assert four == tpu.find_slice(v5e, "2x2") == tpu.Slice(4, "v5e:2x2", (2, 2))
     assert tpu.find_slice(tpu.find_chip("v4"), "16").topology == "v4:2x2x4"
     assert tpu.find_slice(tpu.find_chip("tpu7x"), "4").devices == 8
-    # Three quarters of 1 MB through two links of 50 GB/s, and two hops.
-    assert four.exchange_seconds(v5e, "all-gather", 10**6) == pytest.approx(0.75e6 / 100e9 + 2e-6)
-    assert four.exchange_seconds(v5e, "all-reduce", 10**6) == pytest.approx(2 * (0.75e6 / 100e9 + 2e-6))
-    with pytest.raises(UserError, match="--chips 3: v5e comes in 1, 4, 8"):
+    # Three quarters of 1 MB through two links of 45 GB/s, and two hops.
+    assert four.exchange_seconds(v5e, "all-gather", 10**6) == pytest.approx(0.75e6 / 90e9 + 2e-6)
+    assert four.exchange_seconds(v5e, "all-reduce", 10**6) == pytest.approx(2 * (0.75e6 / 90e9 + 2e-6))
+    with pytest.raises(UserError, match="--chips 3: v5e has slices of 1, 4, 8"):
         tpu.find_slice(v5e, "3")
 
 
