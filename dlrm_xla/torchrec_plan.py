@@ -31,10 +31,10 @@ class Shards:
 
 @contextmanager
 def quiet_torchrec() -> Iterator[None]:
-    """Holds back what torchrec and fbgemm say of themselves; a UserError where they are not installed."""
+    """Holds back what torchrec and what it stands on say of themselves; a UserError where they are not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("torchrec", "fbgemm_gpu", "root"):
+        for name in ("torchrec", "fbgemm_gpu", "root", "torch.fx._symbolic_trace"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             yield

@@ -8,6 +8,7 @@ keeps: which rows are asked for may not depend on rows.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -343,19 +344,23 @@ class TorchrecRows:
         assert len(asks) == len(self._lookups), "the bags ask more or less often than before"
         batch = len(asks[0].ids_NL) // self._lookups[0].bags
         flat_ids, flat_real, lengths = [], [], []
-        for ask, lookup in zip(asks, self._lookups, strict=True):
-            ids_BGL, weights_BGL = (t.reshape(batch, -1, t.shape[1]) for t in (ask.ids_NL, ask.weights_NL))
-            if not lookup.pooled:  # every slot is a feature
-                ids_BGL, weights_BGL = ids_BGL.reshape(batch, -1, 1), weights_BGL.reshape(batch, -1, 1)
+        # Neighbours of one shape at a time: 26 tables one by one took 6 ms of a step.
+        alike = itertools.groupby(
+            zip(asks, self._lookups, strict=True), lambda pair: (pair[0].ids_NL.shape, pair[1].size, pair[1].pooled)
+        )
+        for ((_, length), size, pooled), pairs in alike:
+            run = [ask for ask, _ in pairs]
+            ids_KBGL = torch.stack([ask.ids_NL for ask in run]).view(len(run), batch, -1, length)
+            weights_KBGL = torch.stack([ask.weights_NL.detach() for ask in run]).view(len(run), batch, -1, length)
+            if not pooled:  # every slot is a feature
+                ids_KBGL, weights_KBGL = (t.view(len(run), batch, -1, 1) for t in (ids_KBGL, weights_KBGL))
             else:
-                torch._assert_async(((weights_BGL == 0) | (weights_BGL == 1)).all())
-            ids_GBL, real_GBL = ids_BGL.transpose(0, 1), weights_BGL.detach().transpose(0, 1) != 0
-            flat_ids.append(ids_GBL.reshape(-1))
-            flat_real.append(real_GBL.reshape(-1))
-            lengths.append(real_GBL.sum(2, dtype=torch.int32).reshape(-1))
-            spare = lookup.size - len(ids_GBL)  # shorter bags than the longest
-            if spare:
-                lengths.append(lengths[-1].new_zeros(spare * batch))
+                torch._assert_async(((weights_KBGL == 0) | (weights_KBGL == 1)).all())
+            real_KGBL = weights_KBGL.transpose(1, 2) != 0
+            flat_ids.append(ids_KBGL.transpose(1, 2).reshape(-1))
+            flat_real.append(real_KGBL.reshape(-1))
+            spare = size - real_KGBL.shape[1]  # shorter bags than the longest
+            lengths.append(torch.nn.functional.pad(real_KGBL.sum(3, dtype=torch.int32), (0, 0, 0, spare)).reshape(-1))
         ids_N, real_N = torch.cat(flat_ids), torch.cat(flat_real)
         # Padding is left out rather than given a weight of 0: it must not count as looked up.
         return KeyedJaggedTensor(keys=self._order, values=ids_N[real_N], lengths=torch.cat(lengths), stride=batch)
