@@ -15,7 +15,10 @@ _NO_COUNT = 2**62
 _NAMES_ONLY = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "partition-id", "iota"}
 # In these the work is in another operation: their start, or the computations that they call.
 _ELSEWHERE = {"copy-done", "async-done", "async-update", "slice-done", "while", "conditional", "call"}
-_MOVES = {"copy", "copy-start", "transpose", "reshape", "bitcast", "parameter", "convert", "tuple", "get-tuple-element"}
+_MOVES = {
+    *("copy", "copy-start", "slice-start", "transpose", "reshape", "bitcast", "convert"),
+    *("parameter", "tuple", "get-tuple-element"),
+}
 _INTEGER = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}
 

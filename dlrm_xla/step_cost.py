@@ -57,12 +57,12 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     kinds = module.inside(operation)
     operands, results = module.operands(operation), operation.results
     if "scatter" in kinds or "gather" in kinds:
-        rows = max((a.numbers for a in operands if a.dtype in ("s32", "u32")), default=0)
         large = max((*operands, *results), key=lambda a: a.numbers)
-        lines = rows * -(-(large.dims[-1] if large.dims else 1) // 128)
+        # A map from ids to rows is of integers too.
+        rows = max((a.numbers for a in operands if a.dtype in ("s32", "u32") and a is not large), default=0)
+        width = large.dims[-1] if len(large.dims) > 1 else 1
         if large.space:
-            return executed.times * lines / chip.clock_hz
-        width = large.dims[-1] if large.dims else 1
+            return executed.times * rows * -(-width // 128) / chip.clock_hz
         if "scatter" not in kinds:
             return executed.times * lookup_seconds(chip, rows, width)
         is_sorted = "indices_are_sorted=true" in module.text_inside(operation)
@@ -102,29 +102,40 @@ def whole_table_copies(module: Module, tables: Sequence[Table]) -> list[tuple[Ex
     """Operations that write as many numbers as a table has, where the step need not.
 
     For tables of which a step touches some lines: whatever has such a result and does not write into a table in place.
-    For others, whose gradient is as large: what only moves numbers.
+    For others, whose gradient is as large: what only moves numbers. Not `brought_on_chip`.
     """
     found = []
     for executed in module.schedule:
         operation = executed.operation
         kinds = module.inside(operation)
         largest = max((a.numbers for a in operation.results), default=0)
+        moves, on_chip = module.only_moves(operation), _reaches_chip(module, operation)
         for table in tables:
             numbers = Array("f32", table.dims, 0).numbers
-            if not _as_large(largest, numbers):
-                continue
-            in_place = kinds & {"scatter", "dynamic-update-slice", "custom-call"}
-            if (table.sparse and not in_place) or (module.only_moves(operation) and _within_hbm(module, operation)):
+            if not table.sparse:
+                copies = moves and not on_chip and largest == numbers
+            else:
+                in_place = kinds & {"scatter", "dynamic-update-slice", "custom-call"}
+                copies = numbers <= largest < 1.1 * numbers and not in_place and not (moves and on_chip)
+            if copies:
                 found.append((executed, table))
                 break
     return found
 
 
-def _as_large(numbers: int, table: int) -> bool:
-    return table <= numbers < 1.1 * table
+def brought_on_chip(module: Module, tables: Sequence[Table]) -> list[str]:
+    """Tables that the compiler moves whole to memory on the chip, to read or write rows there.
+
+    It does where they fit: fewer bytes than the lines of their rows, one by one.
+    """
+    moved = {
+        a.dims
+        for executed in module.schedule
+        if module.only_moves(executed.operation) and _reaches_chip(module, executed.operation)
+        for a in executed.operation.results
+    }
+    return [table.name for table in tables if table.sparse and table.dims in moved]
 
 
-def _within_hbm(module: Module, operation: Operation) -> bool:
-    # A small table brought to memory on the chip, and written back from there, is work that must be done.
-    arrays = [*module.operands(operation), operation.results[0]]
-    return all(a.space == 0 for a in arrays if a.numbers == operation.results[0].numbers)
+def _reaches_chip(module: Module, operation: Operation) -> bool:
+    return any(a.space and a.numbers > _SMALL for a in (*module.operands(operation), *operation.results))

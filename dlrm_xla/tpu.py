@@ -252,14 +252,14 @@ def lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
 
 
 def update_seconds(chip: Chip, rows: int, table: Sequence[int], *, is_sorted: bool) -> float:
-    """XLA's scatter into a table [lines, width] that does not fit on the chip.
+    """XLA's scatter into a table [lines, width], or [rows] of single numbers, that does not fit on the chip.
 
     Told that indices are sorted, it copies the whole table through the chip, window by window, whatever the number of
     rows. Otherwise it reads and writes a tile of eight lines for each row, one after the other.
     """
     if is_sorted:
         return 2 * storage_bytes(table) / chip.hbm_bytes_per_second
-    tiles = 2 * rows * SUBLANES * row_bytes(table[-1])
+    tiles = 2 * rows * SUBLANES * row_bytes(table[-1] if len(table) > 1 else 1)
     return max(rows * _UPDATE_CYCLES[chip.name] / chip.clock_hz, tiles / chip.hbm_bytes_per_second)
 
 

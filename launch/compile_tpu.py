@@ -265,6 +265,8 @@ def _time(step: dict[str, Any]) -> list[str]:
         lines.append(f"  *** COPIES THE WHOLE TABLE {copy['table']}, {copy['times']} times: {copy['operation']}")
     if not step["whole_table_copies"]:
         lines.append("  no operation copies a whole table")
+    if step["brought_on_chip"]:
+        lines.append(f"  small enough to be brought whole to memory on the chip: {', '.join(step['brought_on_chip'])}")
     return lines
 
 

@@ -209,6 +209,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
                 "verdict": _refusal(compiled.error),
                 "uncovered_operations": [],
                 "whole_table_copies": [],
+                "brought_on_chip": [],
                 "collectives": [],
                 "dearest": [],
                 "parts_ms": {},
@@ -256,6 +257,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
         "whole_table_copies": [
             {"table": table.name, "operation": e.operation.line[:160], "times": e.times} for e, table in copies
         ],
+        "brought_on_chip": step_cost.brought_on_chip(module, traced.tables),
         "dearest": [described(c, traced) for c in dearest],
         "parts_ms": parts(costs),
         "loops": sorted({e.times for e in module.schedule} - {1}),

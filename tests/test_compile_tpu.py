@@ -12,7 +12,7 @@ from dlrm_xla import hlo, step_cost, tpu_compile
 from dlrm_xla.collectives import collectives
 from dlrm_xla.config import resolve
 from dlrm_xla.errors import UserError
-from dlrm_xla.tpu import CHIPS
+from dlrm_xla.tpu import CHIPS, lookup_seconds
 
 needs_compiler = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("jax", "libtpu"))),
@@ -99,6 +99,37 @@ def test_operations_are_named_after_their_module(module):
 def test_copies_of_whole_tables_are_found(module):
     tables = [step_cost.Table("rows", (4000, 128), sparse=True)]
     assert [e.operation.name for e, _ in step_cost.whole_table_copies(module, tables)] == ["relaid"]
+
+
+STAGED_MODULE = """HloModule step, is_scheduled=true
+
+ENTRY %main (rows: f32[4000,128], map: s32[5000000], ids: s32[2048]) -> f32[2048,128] {
+  %rows = f32[4000,128]{1,0:T(8,128)} parameter(0)
+  %map = s32[5000000]{0:T(1024)} parameter(1)
+  %ids = s32[2048]{0:T(1024)} parameter(2)
+  %places = s32[2048]{0:T(1024)} gather(%map, %ids)
+  %slice-start = ((f32[4000,128]{1,0:T(8,128)}), f32[2000,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%rows)
+  %copy-start = (f32[4000,128]{1,0:T(8,128)S(1)}, f32[4000,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%rows)
+  %activations = f32[4010,128]{0,1:T(8,128)} copy(%other)
+  ROOT %found = f32[2048,128]{1,0:T(8,128)} gather(%copy-start, %places)
+}
+"""
+
+
+def test_a_table_brought_on_the_chip_is_not_a_copy_of_it():
+    module = hlo.read(STAGED_MODULE)
+    dense = [step_cost.Table("rows", (4000, 128), sparse=False)]
+    assert step_cost.whole_table_copies(module, dense) == []  # what is about as large is something else
+    sparse = [step_cost.Table("rows", (4000, 128), sparse=True), step_cost.Table("others", (9000, 128), sparse=True)]
+    assert [e.operation.name for e, _ in step_cost.whole_table_copies(module, sparse)] == ["activations"]
+    assert step_cost.brought_on_chip(module, sparse) == ["rows"]
+
+
+def test_a_map_of_single_numbers_is_looked_up_number_by_number():
+    module = hlo.read(STAGED_MODULE)
+    v5e = CHIPS["v5e"]
+    seconds = {e.operation.name: step_cost.modelled_seconds(module, e, v5e) for e in module.schedule}
+    assert seconds["places"] == lookup_seconds(v5e, 2048, 1)
 
 
 CHIPS_MODULE = """HloModule step, is_scheduled=true
