@@ -75,6 +75,8 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     if operation.kind == "copy-start":  # results repeat the source
         results = results[:1]
     arrays = [*operands, *results]
+    if operation.kind == "slice-start":  # a part moves: source, part, and what waits for it
+        arrays = [results[1], results[1]._replace(space=operands[0].space)]
     hbm = sum(a.bytes for a in arrays if a.space == 0)
     chip_bytes = sum(a.bytes for a in arrays if a.space)
     return executed.times * max(hbm / chip.hbm_bytes_per_second, chip_bytes / REGISTER_BYTES / 2 / chip.clock_hz)

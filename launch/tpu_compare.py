@@ -58,7 +58,7 @@ def _row(r: dict[str, Any]) -> list[str]:
         "yes" if r["fits"] else "no",
         number(r["argument_bytes"], ",.2f", 1e9),
         number(r["temporary_bytes"], ",.3f", 1e9),
-        number(r["known_cycles"], ","),
+        number(r["known_cycles"], ",.0f"),
         number(r["bytes_accessed"], ",.3f", 1e9),
         number(r["estimated_ms"], ",.3f"),
         number(r["modelled_ms"], ",.3f"),
@@ -85,7 +85,6 @@ def plot(reports: Sequence[dict[str, Any]], folder: Path) -> None:
         time.barh(places, [r["collective_ms"] or 0.0 for r in reports], left=both, label="between chips")
     time.plot([r["lower_bound_ms"] for r in reports], places, "k|", markersize=14, label="lower bound")
     time.set_xlabel("ms of a train step, estimated")
-    time.set_xscale("log")
     memory.barh(places, [r["argument_bytes"] / 1e9 for r in reports], label="arguments")
     memory.barh(
         places,
@@ -104,6 +103,7 @@ def plot(reports: Sequence[dict[str, Any]], folder: Path) -> None:
     share.set_xlabel("share of the train step's time")
     for axes in (time, memory, share):
         axes.set_yticks(places, labels)
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:  # no part has a time where nothing fits
+            axes.legend(fontsize="small", ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(folder / "compare.png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)

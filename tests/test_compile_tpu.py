@@ -125,11 +125,12 @@ def test_a_table_brought_on_the_chip_is_not_a_copy_of_it():
     assert step_cost.brought_on_chip(module, sparse) == ["rows"]
 
 
-def test_a_map_of_single_numbers_is_looked_up_number_by_number():
+def test_a_map_is_looked_up_number_by_number_and_a_part_brought_as_a_part():
     module = hlo.read(STAGED_MODULE)
     v5e = CHIPS["v5e"]
     seconds = {e.operation.name: step_cost.modelled_seconds(module, e, v5e) for e in module.schedule}
     assert seconds["places"] == lookup_seconds(v5e, 2048, 1)
+    assert seconds["slice-start"] == 2000 * 512 / v5e.hbm_bytes_per_second  # the part alone
 
 
 CHIPS_MODULE = """HloModule step, is_scheduled=true
