@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dlrm_xla.trained_rows import TrainedRows
 
 
+MAX_ROWS = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Table:
     """One categorical feature's embedding table: ``num_rows`` rows of ``dim`` numbers.
@@ -40,7 +43,7 @@ class Table:
     def __post_init__(self) -> None:
         if self.num_rows < 1 or self.dim < 1:
             raise ValueError(f"table {self.name}: {self.num_rows} rows x {self.dim} is not a table; both must be >= 1")
-        if self.num_rows > 2**31 - 1:
+        if self.num_rows > MAX_ROWS:
             raise ValueError(f"table {self.name}: {self.num_rows} rows do not fit the int32 ids of the contract")
 
     @property

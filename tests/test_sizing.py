@@ -51,6 +51,14 @@ def test_a_ratio_is_kept_and_nearly_used_up(name, ratio):
         assert sum(p.bytes for p in plans) > 0.95 * WHOLE / ratio
 
 
+def test_a_table_of_more_numbers_than_ids_reach_is_sized():
+    table = Table("C1", 40_000_000, 128)  # 5.1e9 numbers, of which robe could keep that many blocks
+    whole = 4 * table.num_rows * table.dim
+    budget = Budget(whole / 100, lambda bag, table: plan.bytes_kept(bag), "--ratio 100", whole)
+    (planned,) = plan.plan([table], "robe", {}, 10**9, budget=budget)[0]
+    assert 0.99 * whole / 100 < planned.bytes <= whole / 100
+
+
 def test_one_cap_for_all_tables():
     plans = _planned("hash_rows", 100)
     exact = [p for p in plans if p.plugin == "exact"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import MAX_ROWS, MakeBag, Table, sized
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
 
@@ -263,7 +263,7 @@ class WeightedRowsBag(nn.Module):
         return out_BD
 
 
-@sized("blocks", lambda table: range(1, table.num_rows * table.dim))
+@sized("blocks", lambda table: range(1, min(table.num_rows * table.dim, MAX_ROWS)))
 def robe(table: Table, inner: MakeBag, *, blocks: int = 4000, width: int = 4) -> nn.Module:
     """Random offset block embedding: a vector is put together from blocks of one shared array.
 
