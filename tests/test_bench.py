@@ -76,6 +76,49 @@ def test_scale_touches_the_same_ids_in_tables_of_any_size(monkeypatch):
     assert all((a == b).all() for a, b in zip(few.ids(), many.ids(), strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=[needs_xla, pytest.mark.slow])])
+def test_placements_are_a_step_each_with_tables_placed_so(device, tmp_path, monkeypatch):
+    placed = []
+    real = bench.arms.Steps
+
+    def steps(model, lengths, device, config):
+        made = real(model, lengths, device, config)
+        placed.append({t.num_rows: s.placement for s in made.rows.stacks for t in s.tables})
+        return made
+
+    monkeypatch.setattr(bench.arms, "Steps", steps)
+    out = tmp_path / "bench.json"
+    # the kaggle preset's tables, the largest cut to 1,500 rows
+    given = ["--what", "placement", "--device", device, "--rows", "1500", "--batch", "16", "--repeat", "1"]
+    assert bench.main([*given, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [row["name"] for row in rows] == [f"placement dlrm_xla {m} {d}" for m, d in bench.THRESHOLDS]
+    assert all(0 < row["ms_min"] <= row["ms_median"] for row in rows)
+    for (matmul, dense), of_rows in zip(bench.THRESHOLDS, placed, strict=True):
+        expected = {
+            n: "matmul" if n <= matmul else "dense" if n <= dense else "sparse"
+            for n in (min(1500, r) for r in bench.KAGGLE_ROWS)
+        }
+        assert of_rows == expected
+
+
+def test_an_interrupted_benchmark_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    real, calls = bench.measure, []
+
+    def measure(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    out = tmp_path / "bench.json"
+    given = ["--what", "lookup", "--dim", "4", "8", "--others", "none", *SMALL, "--out", str(out)]
+    assert bench.main(given) == 130
+    assert {row["dim"] for row in json.loads(out.read_text())} == {4}
+    assert "are kept" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_said_and_left_out(capsys, tmp_path, monkeypatch):
     def missing(case):
         raise ImportError("No module named 'fbgemm_gpu'")

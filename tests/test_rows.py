@@ -56,17 +56,21 @@ class Twin:
         }
         self.optimizer = kinds[name](self.weights) if name in kinds else None
 
-    def step(self, ids, weights, target):
+    def step(self, *batches, rate=1.0):
+        """One step of the gradients of all batches."""
         for w in self.weights:
             w.grad = None
-        outs = [
-            (w[i.long()] * v.double().unsqueeze(-1)).sum(1) for w, i, v in zip(self.weights, ids, weights, strict=True)
-        ]
-        out = torch.stack(outs, 1)
-        torch.autograd.backward((out * target.double()).sum() + out.square().sum())
+        for ids, weights, target in batches:
+            outs = [
+                (w[i.long()] * v.double().unsqueeze(-1)).sum(1)
+                for w, i, v in zip(self.weights, ids, weights, strict=True)
+            ]
+            out = torch.stack(outs, 1)
+            torch.autograd.backward((out * target.double()).sum() + out.square().sum())
         for k, w in enumerate(self.weights):
             touched = torch.zeros(len(w), dtype=torch.bool)
-            touched[ids[k].long()[weights[k] != 0]] = True
+            for ids, weights, _ in batches:
+                touched[ids[k].long()[weights[k] != 0]] = True
             w.grad[touched] += self.decay * w.detach()[touched]
             if self.name == "adam":
                 at = touched.nonzero().T
@@ -74,8 +78,9 @@ class Twin:
             elif self.name == "adagrad":
                 self.row_sums[k] += w.grad.square().mean(1)
                 with torch.no_grad():
-                    w -= self.lr * w.grad / (self.row_sums[k].sqrt() + 1e-8).unsqueeze(1)
+                    w -= rate * self.lr * w.grad / (self.row_sums[k].sqrt() + 1e-8).unsqueeze(1)
         if self.optimizer:
+            self.optimizer.param_groups[0]["lr"] = rate * self.lr
             self.optimizer.step()
 
 
@@ -110,16 +115,26 @@ def _device(name):
 
 
 def _stepper(model, store, device):
-    def step(ids, weights, target):
+    full_rate = store.learning_rate
+
+    def step(*batches, rate):
         model.train()
-        out = model(ids, weights)
-        torch.autograd.backward((out * target).sum() + out.square().sum())
+        store.learning_rate = full_rate * rate
+        for ids, weights, target in batches:
+            out = model(ids, weights)
+            torch.autograd.backward((out * target).sum() + out.square().sum())
         store.step()
 
     compiled = device.compile(step, "rows")
-    return lambda batch: compiled(
-        *([t.to(device.torch_device) for t in part] for part in batch[:2]), batch[2].to(device.torch_device)
-    )
+
+    def run(*batches, rate=1.0):
+        where = device.torch_device
+        sent = [
+            ([i.to(where) for i in ids], [w.to(where) for w in weights], t.to(where)) for ids, weights, t in batches
+        ]
+        compiled(*sent, rate=rate)
+
+    return run
 
 
 DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed", "xla-rounding"))]
@@ -137,18 +152,34 @@ def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
     store = RowStore(model, device, RowSettings(name, weight_decay=decay), lr, lambda table: placement)
     step = _stepper(device.place(model), store, device)
     before = device.counters()
-    for _ in range(50):
-        batch = _batch(rng)
-        step(batch)
-        twin.step(*batch)
+    for k in range(50):
+        batch, rate = _batch(rng), min(1, (k + 1) / 10)
+        step(batch, rate=rate)
+        twin.step(batch, rate=rate)
     after = device.counters()
     assert after.compiles - before.compiles <= 1
     assert after.fallbacks == before.fallbacks
     for (name, rows), expected, initial in zip(store.tables(), twin.weights, start, strict=True):
-        np.testing.assert_allclose(rows.numpy(), expected.detach().numpy(), atol=1e-6, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(rows.numpy(), expected.detach().numpy(), atol=1e-6, rtol=0, err_msg=name)
         assert not np.array_equal(rows.numpy(), initial)
         untouched = np.setdiff1d(np.arange(len(initial)), [0, len(initial) - 1, *np.arange(5) ** 2 % len(initial)])
         np.testing.assert_array_equal(rows.numpy()[untouched], initial[untouched])
+
+
+@pytest.mark.parametrize("placement", ["sparse", "dense"])
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_gradients_of_several_batches_make_one_step_of_the_dense_twin(device, name, placement):
+    device, rng, model = open_device(device), np.random.default_rng(0), Tables()
+    twin = Twin([bag.weight.detach().numpy().copy() for bag in model.bags], name, 0.01, 0.1)
+    store = RowStore(model, device, RowSettings(name, weight_decay=0.1), 0.01, lambda table: placement)
+    step = _stepper(device.place(model), store, device)
+    for _ in range(10):
+        batches = [_batch(rng, seed_rows) for seed_rows in (5, 2, 4)]
+        step(*batches)
+        twin.step(*batches)
+    for (name, rows), expected in zip(store.tables(), twin.weights, strict=True):
+        np.testing.assert_allclose(rows.numpy(), expected.detach().numpy(), atol=1e-6, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
@@ -193,19 +224,24 @@ def test_bf16_tables_follow_updates_smaller_than_their_precision(device):
     assert (start - rows.float()).mean().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_bf16_state_gives_what_fp32_state_gives_on_average():
-    finals = []
-    for state in ("fp32", "bf16"):
-        model, rng = Tables(), np.random.default_rng(0)
-        device = open_device("cpu")
-        store = RowStore(model, device, RowSettings("adagrad", state=state), 0.05)
-        step = _stepper(model, store, device)
-        for _ in range(50):
-            step(_batch(rng))
-        finals.append(torch.cat([rows.flatten() for _, rows in store.tables()]))
-        assert store.optimizers[0].states()[0].dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[state]
-    assert not torch.equal(*finals)
-    assert (finals[0] - finals[1]).abs().max() < 0.01
+@pytest.mark.parametrize("name", ["adagrad", "adagrad_element", "adam"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+def test_bf16_state_stays_near_the_dense_twin(device, name):
+    device, rng, model = open_device(device), np.random.default_rng(0), Tables()
+    start = [bag.weight.detach().numpy().copy() for bag in model.bags]
+    twin = Twin(start, name, 0.05, 0.0)
+    store = RowStore(model, device, RowSettings(name, state="bf16"), 0.05)
+    step = _stepper(device.place(model), store, device)
+    for _ in range(50):
+        batch = _batch(rng)
+        step(batch)
+        twin.step(batch)
+    assert {s.dtype for o in store.optimizers for s in o.states()} == {torch.bfloat16}
+    for (name, rows), expected, initial in zip(store.tables(), twin.weights, start, strict=True):
+        error = np.abs(rows.numpy() - expected.detach().numpy())
+        moved = np.abs(expected.detach().numpy() - initial)
+        # bfloat16 has 8 bits: what rounding does to 50 steps is below some of the last one of them
+        assert 0 < error.max() < 0.03 * moved.max(), name
 
 
 @pytest.mark.parametrize("name", ["adagrad", "adam"])
@@ -364,9 +400,8 @@ def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
         ids, weights, target = _batch(rng, dim=8)
         # Weighted bags take the other way, and both ways take turns.
         weights = weights if k % 5 == 0 else [torch.ones_like(w) for w in weights]
-        for store, step in zip(stores, steps, strict=True):
-            store.learning_rate = 0.2 / (k + 1)
-            step((ids, weights, target))
+        for step in steps:
+            step((ids, weights, target), rate=20 / (k + 1))
     assert [a.data_ptr() for a in stores[1].arrays()] == addresses
     for ours, theirs in zip(stores[0].arrays(), stores[1].arrays(), strict=True):
         np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-6, rtol=1e-5)

@@ -64,6 +64,20 @@ def test_an_id_that_a_table_does_not_have_is_named_before_anything_changes(devic
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
+@pytest.mark.parametrize(
+    ("slot", "value", "feature", "last"), [(1, 30, "a", 29), (3, -2, "b", 1999), (6, 500, "c", 499)]
+)
+def test_ids_of_bags_of_varying_length_are_checked_by_their_lengths(slot, value, feature, last):
+    steps, batch = _steps("cpu"), _batch(0)
+    ids_BS = torch.full((8, 7), -1, dtype=torch.int32)
+    ids_BS[5, slot] = value
+    varying = PackedBatch(batch.dense_BI, ids_BS, batch.labels_B, lengths=(2, 4, 1))
+    with pytest.raises(UserError, match=f"row 5 of the batch: feature {feature} has the id {value}, .*0 to {last}"):
+        steps.train(varying, 0)
+    ids_BS[5, slot] = -1
+    steps.train(varying, 0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", ["exact", "quotient_remainder"])
 def test_accumulated_parts_of_a_batch_make_the_step_of_the_whole(device, spec):
