@@ -58,8 +58,9 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     operands, results = module.operands(operation), operation.results
     if "scatter" in kinds or "gather" in kinds:
         large = max((*operands, *results), key=lambda a: a.numbers)
-        # A map from ids to rows is of integers too.
-        rows = max((a.numbers for a in operands if a.dtype in ("s32", "u32") and a is not large), default=0)
+        # A map from ids to rows is of integers too; ids may be more than what a small table holds.
+        integers = [a for a in operands if a.dtype in ("s32", "u32")]
+        rows = max((a.numbers for a in [a for a in integers if a is not large] or integers), default=0)
         width = large.dims[-1] if len(large.dims) > 1 else 1
         if large.space:
             return executed.times * rows * -(-width // 128) / chip.clock_hz

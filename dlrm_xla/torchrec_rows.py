@@ -344,7 +344,7 @@ class TorchrecRows:
         assert len(asks) == len(self._lookups), "the bags ask more or less often than before"
         batch = len(asks[0].ids_NL) // self._lookups[0].bags
         flat_ids, flat_real, lengths = [], [], []
-        # Neighbours of one shape at a time: 26 tables one by one took 6 ms of a step.
+        # Neighbours of one shape at a time: 26 tables one by one were 14 % of a rank's main thread, by samples.
         alike = itertools.groupby(
             zip(asks, self._lookups, strict=True), lambda pair: (pair[0].ids_NL.shape, pair[1].size, pair[1].pooled)
         )

@@ -103,13 +103,15 @@ def test_copies_of_whole_tables_are_found(module):
 
 STAGED_MODULE = """HloModule step, is_scheduled=true
 
-ENTRY %main (rows: f32[4000,128], map: s32[5000000], ids: s32[2048]) -> f32[2048,128] {
+ENTRY %main (rows: f32[4000,128], map: s32[5000000], ids: s32[2048], few: f32[100]) -> f32[2048,128] {
   %rows = f32[4000,128]{1,0:T(8,128)} parameter(0)
   %map = s32[5000000]{0:T(1024)} parameter(1)
   %ids = s32[2048]{0:T(1024)} parameter(2)
+  %few = f32[100]{0:T(128)} parameter(3)
   %places = s32[2048]{0:T(1024)} gather(%map, %ids)
   %slice-start = ((f32[4000,128]{1,0:T(8,128)}), f32[2000,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%rows)
   %copy-start = (f32[4000,128]{1,0:T(8,128)S(1)}, f32[4000,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%rows)
+  %weights = f32[2048]{0:T(1024)} gather(%few, %ids)
   %activations = f32[4010,128]{0,1:T(8,128)} copy(%other)
   ROOT %found = f32[2048,128]{1,0:T(8,128)} gather(%copy-start, %places)
 }
@@ -129,7 +131,7 @@ def test_a_map_is_looked_up_number_by_number_and_a_part_brought_as_a_part():
     module = hlo.read(STAGED_MODULE)
     v5e = CHIPS["v5e"]
     seconds = {e.operation.name: step_cost.modelled_seconds(module, e, v5e) for e in module.schedule}
-    assert seconds["places"] == lookup_seconds(v5e, 2048, 1)
+    assert seconds["places"] == seconds["weights"] == lookup_seconds(v5e, 2048, 1)
     assert seconds["slice-start"] == 2000 * 512 / v5e.hbm_bytes_per_second  # the part alone
 
 
