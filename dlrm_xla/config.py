@@ -87,7 +87,7 @@ class Config:
         "fp32", "type of the tables; bf16 rounds each update up or down at random", flag=False
     )
     row_kernels: RowKernels = _setting(
-        "auto", "who updates rows on cpu; auto: FBGEMM where it is installed, from 1M rows on", flag=False
+        "auto", "who updates rows on cpu; auto: FBGEMM where it is installed and was faster", flag=False
     )
     row_files: str = _setting("", "folder for tables larger than memory, mapped from there; cpu only", flag=False)
     placement: dict[str, str] = _setting({}, "matmul, dense or sparse for single tables by name", flag=False)

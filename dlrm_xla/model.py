@@ -87,14 +87,22 @@ class _PairProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors_BFD: Tensor, pairs: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(vectors_BFD, places)
-        return torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2)).flatten(1).index_select(1, pairs)
+        return _columns(torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2)).flatten(1), pairs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         vectors_BFD, places = ctx.saved_tensors
-        square_BF2 = torch.nn.functional.pad(grads[0], (0, 1)).index_select(1, places)
+        square_BF2 = _columns(torch.nn.functional.pad(grads[0], (0, 1)), places)
         square_BFF = square_BF2.view(len(vectors_BFD), vectors_BFD.shape[1], -1)
         return torch.bmm(square_BFF, vectors_BFD.to(square_BFF.dtype)), None, None
+
+
+def _columns(x_BN: Tensor, columns_K: Tensor) -> Tensor:
+    """Some columns of a matrix, [B, K]."""
+    if x_BN.device.type != "cpu":
+        return x_BN.index_select(1, columns_K)
+    # Row by row; index_select goes column by column, each of which meets every cache line of the rows again.
+    return x_BN.gather(1, columns_K.long().expand(len(x_BN), -1))
 
 
 class CatInteraction(nn.Module):

@@ -185,11 +185,18 @@ class StackOptimizer(nn.Module):
         ids_U, sums_UD = combine_lookups(ids_N, stack.lookups, access)
         if not self._still and len(ids_U) and int(ids_U[-1]) == stack.end:
             ids_U, sums_UD = ids_U[:-1], sums_UD[:-1]
+        if self._only_adds(stack):  # rows are read and written in one pass
+            access.scatter(stack.rows, ids_U, sums_UD * -learning_rate, True)
+            return
         self._write(stack, access, [stack.rows, *self.states()], ids_U, ids_U, sums_UD, learning_rate, step)
 
     @property
     def _still(self) -> bool:
         return self.rule.still and self.settings.weight_decay == 0
+
+    def _only_adds(self, stack: RowStack) -> bool:
+        """Whether what is added to a row depends on its gradient alone."""
+        return self.settings.name == "sgd" and self.settings.weight_decay == 0 and stack.rows.dtype == torch.float32
 
     def _static(
         self,
@@ -204,9 +211,7 @@ class StackOptimizer(nn.Module):
         ids, weights, grads = parts[::3], parts[1::3], parts[2::3]
         ids_N = _joined([i.reshape(-1) for i in ids])
         grads_ND = torch.cat([k.spread(w, g) for k, w, g in zip(stack.lookups, weights, grads, strict=True)])
-        settings = self.settings
-        if settings.name == "sgd" and settings.weight_decay == 0 and stack.rows.dtype == torch.float32:
-            # Addition combines duplicates by itself.
+        if self._only_adds(stack):  # which combines duplicates by itself
             access.scatter(arrays[0], ids_N, grads_ND * -learning_rate, True)
             return
         if not self._still:

@@ -24,10 +24,13 @@ from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
-# Rows of a stack from which on FBGEMM is taken where it is installed and the processor has AVX-512, which its kernels
-# are written for: with 53,248 ids in 1M rows of 16 on two cores of an Intel Xeon it updates in 4.1 against 6.7 ms
-# (Adagrad), 4.2 against 5.1 (SGD); on two of an AMD EPYC without AVX-512 in 5.7 against 4.3 and 3.6 against 3.5.
-# Below, importing it takes longer than it saves.
+# FBGEMM is taken by itself where it was faster: for SGD in rows of fewer columns than this, on processors with AVX-512,
+# which its kernels are written for, and from so many rows of a stack on that importing it pays. With 53,248 ids in 1M
+# rows on two cores of an Intel Xeon with AVX-512 an update through it takes, in ms, by width, our own behind it:
+#     SGD      16: 2.8, 3.0    64: 5.0, 4.7    128: 7.6, 6.6
+#     Adagrad  16: 6.9, 4.3    64: 8.9, 7.1    128: 10.7, 10.8
+# and on two of an AMD EPYC without AVX-512 in rows of 16 5.7 against 4.3 (Adagrad), 3.6 against 3.5 (SGD).
+FBGEMM_WIDTH = 64
 FBGEMM_ROWS = 1_000_000
 
 
@@ -228,7 +231,12 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
         if kernels == "fbgemm":
             raise UserError("row_kernels: fbgemm is not installed. pip install -e '.[distributed]', or take auto")
         return False
-    pays = stack.num_rows >= FBGEMM_ROWS and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    pays = (
+        settings.name == "sgd"
+        and stack.dim < FBGEMM_WIDTH
+        and stack.num_rows >= FBGEMM_ROWS
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
     if kernels == "auto" and not pays:
         return False
     plain = stack.placement == "sparse" and not stack.file_backed and settings.state == "fp32"

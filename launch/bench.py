@@ -119,6 +119,8 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         makers = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
         if case.device.name == "cpu" and fbgemm_rows.installed():
             makers[f"{OURS} own kernels"] = lambda: arms.ours(case, "sparse", "own")
+        if case.what == "step":
+            makers[f"{OURS} bf16"] = lambda: arms.in_bf16(case)
         others = {
             "EmbeddingBag sparse": lambda: arms.torch_bag(case, sparse=True),
             "EmbeddingBag dense": lambda: arms.torch_bag(case, sparse=False),

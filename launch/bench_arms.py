@@ -120,7 +120,7 @@ def ours(case: Case, placement: Placement, kernels: RowKernels = "auto") -> Repe
     """The row store of this project."""
     device = case.device
     if case.what == "step":
-        return _dlrm_step(case, [RowTable] * len(case.table_rows), kernels)
+        return _dlrm_step(case, [RowTable] * len(case.table_rows), kernels=kernels)
     model = nn.Module()
     model.bag = RowTable(_tables(case)[0])
     settings = RowSettings(case.optimizer)  # type: ignore[arg-type]
@@ -128,18 +128,23 @@ def ours(case: Case, placement: Placement, kernels: RowKernels = "auto") -> Repe
     return _one_table(case, device.place(model), model.bag, store.step)
 
 
+def in_bf16(case: Case) -> Repetition:
+    """The train step with its matrix products in bfloat16."""
+    return _dlrm_step(case, [RowTable] * len(case.table_rows), precision="bf16")
+
+
 def placed(case: Case, matmul_rows: int, dense_rows: int) -> Repetition:
     """The train step with tables of up to so many rows placed as matmul, the next as dense, the others as sparse."""
     return _dlrm_step(case, [RowTable] * len(case.table_rows), matmul_rows=matmul_rows, dense_rows=dense_rows)
 
 
-def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: int) -> Repetition:
+def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: Any) -> Repetition:
     steps, batches = _steps(case, make_bags, kernels, **settings)
     return lambda k: steps.train(batches[k % NUM_BATCHES], k)
 
 
 def _steps(
-    case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: int
+    case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: Any
 ) -> tuple[Steps, list[PackedBatch]]:
     config = _config(case, kernels, **settings)
     model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)
@@ -316,6 +321,7 @@ def fbgemm(case: Case) -> Repetition | None:
         optimizer=kinds[case.optimizer],
         learning_rate=0.1 if case.what == "step" else LEARNING_RATE,
     )
+    bags.init_embedding_weights_uniform(-0.01, 0.01)  # rows that nothing was written to share one page of zeros
     where = case.device.torch_device
     count = len(case.table_rows) * case.batch
     offsets = torch.arange(count + 1, dtype=torch.int32, device=where) * case.bag

@@ -409,10 +409,17 @@ def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
 
 @pytest.mark.skipif(not fbgemm_rows.installed(), reason="fbgemm is not installed (extra: distributed)")
 @pytest.mark.parametrize(
-    ("processor", "least", "taken"), [("AVX512", 1, True), ("AVX2", 1, False), ("AVX512", 10**6, False)]
+    ("processor", "least", "optimizer", "dim", "taken"),
+    [
+        ("AVX512", 1, "sgd", 8, True),
+        ("AVX2", 1, "sgd", 8, False),
+        ("AVX512", 10**6, "sgd", 8, False),
+        ("AVX512", 1, "adagrad", 8, False),
+        ("AVX512", 1, "sgd", 64, False),
+    ],
 )
-def test_fbgemm_is_taken_by_itself_where_it_pays(monkeypatch, processor, least, taken):
+def test_fbgemm_is_taken_by_itself_where_it_pays(monkeypatch, processor, least, optimizer, dim, taken):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     monkeypatch.setattr(row_store, "FBGEMM_ROWS", least)
-    store = RowStore(Tables(dim=8), open_device("cpu"), RowSettings("sgd"), 0.01, kernels="auto")
+    store = RowStore(Tables(dim=dim), open_device("cpu"), RowSettings(optimizer), 0.01, kernels="auto")
     assert (store.stacks[0].fbgemm is not None) == taken
