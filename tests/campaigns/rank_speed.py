@@ -45,11 +45,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--cap", type=int, default=100_000, help="rows of a table at most")
+    parser.add_argument("--batch", type=int, help="samples of a step; as the preset has it")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeat", type=int, default=3)
     given = parser.parse_args()
     values = PRESETS[given.preset].settings
-    batch = values.get("batch_size", Config().batch_size)
+    batch = given.batch or values.get("batch_size", Config().batch_size)
     settings = {
         "preset": given.preset,
         "batch_size": batch,
