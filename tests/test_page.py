@@ -14,7 +14,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("jinja2")
 
 from dlrm_xla_studies import choice, page, statistics
-from dlrm_xla_studies.families import growth
+from dlrm_xla_studies.families import exponents, growth, timed
 from dlrm_xla_studies.figures import pareto
 from scipy import stats
 
@@ -106,6 +106,40 @@ def test_the_pareto_front_and_exponents():
     fitted = growth([10, 100, 1000], [2.0, 20.0, 200.0])
     assert fitted.exponent == pytest.approx(1)
     assert growth([10, 100], [1, 2]) is None
+
+
+def benches(rows=(10**4, 10**5, 10**6), batches=(256, 1024), ratios=(10.0, 100.0, 1000.0)):
+    """Steps whose ms are rows^0.5, times four at the larger batch; exact tables beside a plugin take half."""
+    table = []
+    for size, batch, ratio in [*((n, 256, 10.0) for n in rows), *((10**4, b, r) for b in batches for r in ratios)]:
+        for plugin, share in (("exact", 1.0), ("hash_rows", 2.0)):
+            ms = share * size**0.5 * batch / 256
+            table.append(
+                {
+                    "kind": "bench", "name": f"growth dlrm_xla {plugin}", "plugin": "hash_rows", "device": "cpu",
+                    "rows": size, "batch": batch, "ratio": ratio, "ms_median": ms,
+                    "ms_by_part": json.dumps({"backward": ms / 2, "bags, forward": ms / 2}),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(table)
+
+
+def test_growth_with_one_size_holds_the_others():
+    found = {(e["family"], e["with"]): e["exponent"] for e in exponents(timed(benches()))}
+    assert found["exact", "rows"] == pytest.approx(0.5)
+    assert found["hashing", "rows"] == pytest.approx(0.5)
+    assert found["hashing", "ratio"] == pytest.approx(0)
+    assert ("exact", "ratio") not in found  # their ratio is that of the plugin beside them
+
+
+def test_bars_say_which_step_they_are_of():
+    split = page._parts(benches())
+    assert split["label"].is_unique
+    row = split.set_index("label").loc["hash_rows, 10,000 rows, batch 1,024, 100x"]
+    assert row["backward"] == pytest.approx(2.0 * 100 * 4 / 2)
+    assert "exact, 1,000,000 rows, batch 256" in set(split["label"])
+    drawn = page.html(benches(rows=[10**k for k in range(4, 30)]).assign(study="s"), "one")
+    assert "The first 24 of" in drawn
 
 
 @pytest.mark.slow

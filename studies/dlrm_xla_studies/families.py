@@ -12,6 +12,8 @@ from scipy import stats
 
 from dlrm_xla.registry import EXACT, installed
 
+TRAINING = "training"
+
 
 @functools.cache
 def family(plugin: str) -> str:
@@ -51,7 +53,7 @@ def timed(table: pd.DataFrame) -> pd.DataFrame:
         parts.append(
             pd.DataFrame(
                 {
-                    "source": "training",
+                    "source": TRAINING,
                     "plugin": runs["plugin"],
                     "device": runs["device"],
                     "rows": runs["table_rows"],
@@ -101,23 +103,30 @@ def timed(table: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def along(group: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Of the points of one family those that differ in ``size``, "rows", "batch" or "ratio", alone.
+
+    Other sizes are held at their commonest, but for ratios, of which tables of other sizes hardly ever have one, and
+    for the rows of training runs along ratios, which are what an approximation keeps.
+    """
+    if size == "ratio":
+        group = group[group["family"] != EXACT]  # their ratio is that of the plugin they were measured beside
+    others = [other for other in ("rows", "batch") if other != size]
+    if size == "ratio" and (group["source"] == TRAINING).all():
+        others.remove("rows")
+    for other in others:
+        counts = group[other].dropna()
+        if len(counts):
+            group = group[group[other] == counts.mode().iloc[0]]
+    return group.dropna(subset=[size, "ms"])
+
+
 def exponents(times: pd.DataFrame) -> list[dict[str, Any]]:
-    """Growth of ms with rows, batch and ratio, per family, source and device, other sizes held at their commonest."""
+    """Growth of ms with rows, batch and ratio, per family, source and device."""
     found = []
     for (source, device, name), group in times.groupby(["source", "device", "family"], sort=False):
         for size in ("rows", "batch", "ratio"):
-            others = [other for other in ("rows", "batch", "ratio") if other != size]
-            if size == "ratio":
-                others = ["rows", "batch"] if name != EXACT else []
-            held = group
-            for other in others:
-                if other == "rows" and size == "ratio":
-                    continue  # approximations keep other numbers of rows at each ratio
-                counts = held[other].dropna()
-                if other != "ratio" and len(counts):
-                    held = held[held[other] == counts.mode().iloc[0]]
-            if name == EXACT and size == "ratio":
-                continue
+            held = along(group, size)
             fitted = growth(held[size].astype(float).tolist(), held["ms"].astype(float).tolist())
             if fitted:
                 found.append({"source": source, "device": device, "family": name, "with": size, **fitted._asdict()})

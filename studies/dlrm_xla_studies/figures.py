@@ -13,7 +13,7 @@ import matplotlib
 import pandas as pd
 
 from dlrm_xla.registry import EXACT
-from dlrm_xla_studies.families import growth
+from dlrm_xla_studies.families import along, growth
 
 # Paul Tol's muted palette and its shapes: told apart by the colour-blind, and in grey by the markers.
 COLOURS = ("#332288", "#117733", "#44AA99", "#88CCEE", "#999933", "#CC6677", "#882255", "#AA4499", "#DDCC77", "#661100")
@@ -139,10 +139,11 @@ def scaling(times: pd.DataFrame, size: str, source: str, device: str, folder: Pa
     here = times[(times["source"] == source) & (times["device"] == device)]
     with _drawn() as (figure, axes):
         for k, (kind, group) in enumerate(here.groupby("family")):
-            points = group.dropna(subset=[size, "ms"]).groupby(size)["ms"].median()
+            held = along(group, size)
+            points = held.groupby(size)["ms"].median()
             if not len(points):
                 continue
-            fitted = growth(group[size].astype(float).tolist(), group["ms"].astype(float).tolist())
+            fitted = growth(held[size].astype(float).tolist(), held["ms"].astype(float).tolist())
             label = f"{kind}: {size}^{fitted.exponent:.2f} ± {fitted.error:.2f}" if fitted else str(kind)
             axes.plot(points.index, points.values, label=label, color=COLOURS[k % len(COLOURS)],
                       marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.1)  # fmt: skip
@@ -154,8 +155,8 @@ def scaling(times: pd.DataFrame, size: str, source: str, device: str, folder: Pa
 
 def parts(table: pd.DataFrame, folder: Path | None, name: str) -> str:
     """Bars of the milliseconds of a step, by part."""
-    labels = [f"{p}\non {d}" if table["device"].nunique() > 1 else p for p, d in zip(table["plugin"], table["device"])]  # noqa: B905
-    columns = [c for c in table.columns if c not in ("plugin", "device")]
+    labels = table["label"].tolist()
+    columns = [c for c in table.columns if c != "label"]
     with _drawn(height=1.2 + 0.34 * len(table)) as (figure, axes):
         left = [0.0] * len(table)
         for k, part in enumerate(columns):

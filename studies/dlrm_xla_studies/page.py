@@ -13,6 +13,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from dlrm_xla.registry import EXACT
 from dlrm_xla_studies import choice, figures, statistics
 from dlrm_xla_studies.families import exponents, family, timed
 from dlrm_xla_studies.figures import Figure
@@ -93,6 +94,9 @@ def _time_figures(table: pd.DataFrame, times: pd.DataFrame, folder: Path | None)
     for kind, title, caption in _PARTS:
         split = _parts(_kind(table, kind))
         if len(split):
+            if len(split) > _MOST_BARS:
+                caption += f" The first {_MOST_BARS} of {len(split)}; the table of results has all."
+            split = split.head(_MOST_BARS)
             yield Figure(f"parts-{kind}", title, caption, figures.parts(split, folder, f"parts-{kind}"))
     for (source, device), here in times.groupby(["source", "device"], sort=False):
         for size in ("rows", "batch", "ratio"):
@@ -100,7 +104,10 @@ def _time_figures(table: pd.DataFrame, times: pd.DataFrame, folder: Path | None)
                 continue
             name = f"scaling-{size}-{source.replace(' ', '_')}-{device}"
             title = f"Time per step against {size}, {source}, {device}"
-            caption = "Medians per family; the exponent is fitted to all points of the family, ± its standard error."
+            caption = (
+                "Medians per family, other sizes at their commonest; the exponent is fitted to all these points, ± its "
+                "standard error."
+            )
             yield Figure(name, title, caption, figures.scaling(times, size, source, device, folder, name))
 
 
@@ -113,21 +120,34 @@ _MOST_BARS, _MOST_PARTS = 24, 8
 
 
 def _parts(table: pd.DataFrame) -> pd.DataFrame:
-    """Plugin, device, and a column for each part of a step in ms."""
+    """A row for each plugin, device and size: its label, and a column for each part of a step in ms, medians."""
     if "ms_by_part" not in table:
         return pd.DataFrame()
     read = table["ms_by_part"].map(lambda text: json.loads(text) if isinstance(text, str) else {})
-    rows = table[read.map(bool)].head(_MOST_BARS)
+    rows = table[read.map(bool)]
     split = pd.DataFrame(read[rows.index].tolist())
     if split.shape[1] > _MOST_PARTS:
         order = split.sum().sort_values(ascending=False).index
         few = split[order[: _MOST_PARTS - 1]].copy()
         few["all else"] = split[order[_MOST_PARTS - 1 :]].sum(axis=1)
         split = few
-    names = rows["plugin"] if "chip" in rows else rows["name"].str.split(" ").str[2]
-    split.insert(0, "plugin", names.tolist())
-    split.insert(1, "device", rows["chip" if "chip" in rows else "device"].tolist())
-    return split
+    split.insert(0, "label", _labels(rows))
+    return split.groupby("label", sort=False).median().reset_index()
+
+
+def _labels(rows: pd.DataFrame) -> list[str]:
+    """The plugin of each row, and of device and sizes those that are not the same in all."""
+    compiled = "chip" in rows
+    plugins = rows["plugin"] if compiled else rows["name"].str.split(" ").str[2]
+    words = {"rows": "{:,.0f} rows", "batch_size" if compiled else "batch": "batch {:,.0f}", "ratio": "{:g}x"}
+    words = {"chip" if compiled else "device": "on {}"} | words
+    told = {column: form for column, form in words.items() if column in rows and rows[column].nunique() > 1}
+    labels = []
+    for plugin, (_, row) in zip(plugins, rows.iterrows(), strict=True):
+        # Exact tables have the ratio of the plugin that they were measured beside.
+        mine = {c: f for c, f in told.items() if pd.notna(row[c]) and not (c == "ratio" and plugin == EXACT)}
+        labels.append(", ".join([plugin, *(form.format(row[column]) for column, form in mine.items())]))
+    return labels
 
 
 def _method_rows(found: pd.DataFrame) -> list[dict[str, Any]]:
