@@ -102,7 +102,7 @@ def _columns(x_BN: Tensor, columns_K: Tensor) -> Tensor:
     if x_BN.device.type != "cpu":
         return x_BN.index_select(1, columns_K)
     # Row by row; index_select goes column by column, each of which meets every cache line of the rows again.
-    return x_BN.gather(1, columns_K.long().expand(len(x_BN), -1))
+    return x_BN.gather(1, columns_K.long().expand(x_BN.shape[0], -1))
 
 
 class CatInteraction(nn.Module):
