@@ -250,12 +250,21 @@ def test_traced_on_shapes_is_what_a_step_runs(plugin):
 @needs_xla
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_a_small_model_compiles_for_a_chip(chip, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("chip", "plugin"),
+    [
+        ("v4", "exact"),
+        ("v5e", "hash_rows:rows=4000000"),
+        ("v5e", "count_sketch:rows=4000000"),
+        ("v5p", "quotient_remainder:collisions=2"),
+        ("v6e", "low_rank:rank=8"),
+    ],
+)
+def test_a_small_model_compiles_for_a_chip(chip, plugin, tmp_path, monkeypatch, capsys):
     settings = tmp_path / "c.yaml"
     # 257 MB of rows: a table that fits the chip's own memory is fetched into it whole, and rightly so.
     settings.write_text("synthetic_tables: [8000000, 40, 20000]\nbottom: [16]\ntop: [16]\n")
-    command = ["--chip", chip, "--preset", "kaggle", "--batch-size", "256", "--plugin", "hash_rows:rows=4000000"]
+    command = ["--chip", chip, "--preset", "kaggle", "--batch-size", "256", "--plugin", plugin]
     command += ["--config", str(settings), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "r.json")]
     script = launch_script("compile_tpu")
     assert script.main(command) == 0
