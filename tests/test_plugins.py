@@ -1,6 +1,7 @@
 """The contract over every installed plugin, and what each of ours promises beyond it."""
 
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -393,6 +394,6 @@ def test_matmul_codes_are_looked_up_and_trained_without_gather_and_scatter():
         out = bag(ids, weights)
         grads = torch.autograd.grad(out.square().sum(), list(bag.parameters()))
         texts[spec] = xm.get_stablehlo([out, *grads])
-    assert "stablehlo.gather" in texts["tensorly_cp"]
-    assert "stablehlo.gather" not in texts["matmul_codes:hot=20"]
-    assert "stablehlo.scatter" not in texts["matmul_codes:hot=20"]
+    # Operations of any such name; a program's locations name functions, this one too.
+    assert re.search(r"stablehlo\.\w*gather", texts["tensorly_cp"])
+    assert not re.search(r"stablehlo\.\w*(gather|scatter)", texts["matmul_codes:hot=20"])
