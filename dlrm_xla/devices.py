@@ -136,10 +136,18 @@ class Device:
     capturable: bool = False
 
 
-def open_device(name: str) -> Device:
-    """Opens "cpu", "cuda", "xla" or "tpu"; a UserError says what is missing."""
+def open_device(name: str, hosts: bool = False) -> Device:
+    """Opens "cpu", "cuda", "xla" or "tpu"; a UserError says what is missing.
+
+    ``hosts``: the caller keeps step with those of the other hosts (`job_of_hosts`); refused otherwise where there are.
+    """
     if name not in _OPENERS:
         raise UserError(f"there is no device {name!r}; {choices(name, _OPENERS)}")
+    if not hosts and (job := job_of_hosts(name)):
+        raise UserError(
+            f"--device {name}: the chips of {job['WORLD_SIZE']} hosts are one device here, and only training runs on "
+            "several hosts. Run this on one host with chips of its own, or with --device cpu."
+        )
     return _OPENERS[name]()
 
 
@@ -161,7 +169,6 @@ def open_xla_first() -> bool:
             torch_xla = importlib.import_module("torch_xla")
             runtime = importlib.import_module("torch_xla.runtime")
             if runtime.global_runtime_device_count() > 1:
-                _check_one_host(runtime.process_count())
                 runtime.use_spmd()
             torch_xla.device()
         finally:
@@ -169,12 +176,25 @@ def open_xla_first() -> bool:
     return True
 
 
-def _check_one_host(processes: int) -> None:
-    if processes > 1:
-        raise UserError(
-            f"--device xla: {processes} processes share these chips, but only the chips of one host train together. "
-            "Start one process on one host with all of its chips, or take --device cuda or cpu under torchrun."
-        )
+def job_of_hosts(name: str) -> dict[str, str]:
+    """Where this process stands among the hosts whose chips the device joins, in torchrun's variables.
+
+    Empty where there is one host. A process of each host must make the same calls in the same order, for they run one
+    program.
+    """
+    if name != "xla" or not open_xla_first():
+        return {}
+    import torch_xla.runtime
+
+    if torch_xla.runtime.process_count() == 1:
+        return {}
+    address = os.environ.get("MASTER_ADDR") or torch_xla.runtime.get_master_ip()
+    return {
+        "RANK": str(torch_xla.runtime.process_index()),
+        "WORLD_SIZE": str(torch_xla.runtime.process_count()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),
+    }
 
 
 def _as_it_is(step: Step, name: str) -> Step:
@@ -355,7 +375,7 @@ def _xla() -> Device:
         rows,
         tpu,
         memory,
-        _xla_parts if chips is None else lambda array: (p for s in chips.shards(array) for p in _parts(s)),
+        _xla_parts if chips is None else partial(chips.host_parts, part_lines=_part_lines),
         _HOST_GENERATOR,
         place if chips is None else partial(chips.place, sharded=True),
         send if chips is None else chips.send,

@@ -42,9 +42,14 @@ class Ranks:
         """Whether this one speaks, and writes the run folder."""
         return self.rank == 0
 
-    def total(self, *numbers: int) -> tuple[int, ...]:
-        """Sums of numbers over the ranks."""
-        return numbers
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of every batch this one reads, and of how many; what was learned from them is put together."""
+        return 0, 1
+
+    def agree(self, samples: int, *asked: bool) -> tuple[int, ...]:
+        """Samples of the whole batch, and of each question whether any rank asked it."""
+        return samples, *asked
 
     def add(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place."""
@@ -55,7 +60,7 @@ class Ranks:
         return tensor
 
     def copy_first(self, tensor: Tensor) -> None:
-        """Gives a tensor the first rank's values."""
+        """Gives a tensor of the host the first rank's values."""
 
     def from_first(self, make: Callable[[], _T]) -> _T:
         """What the first rank makes; the others wait for it, however long it takes."""
@@ -146,8 +151,14 @@ class TorchrunRanks(Ranks):
                 )
             time.sleep(0.2)
 
-    def total(self, *numbers: int) -> tuple[int, ...]:
-        return tuple(self.add(torch.tensor(numbers, dtype=torch.int64)).tolist())
+    @property
+    def part(self) -> tuple[int, int]:
+        return self.rank, self.size
+
+    def agree(self, samples: int, *asked: bool) -> tuple[int, ...]:
+        sums = torch.tensor((samples, *asked), dtype=torch.int64)
+        dist.all_reduce(sums)
+        return tuple(sums.tolist())
 
     def add(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
@@ -221,6 +232,30 @@ class TorchrunRanks(Ranks):
         return f"{name}/{count}"
 
 
+class HostRanks(TorchrunRanks):
+    """A process of one of several hosts whose chips are one device.
+
+    Each has the whole batch and makes every call that the others make, and what the chips learn is put together by
+    them; so the hosts only agree on what to do.
+    """
+
+    @property
+    def part(self) -> tuple[int, int]:
+        return 0, 1
+
+    def agree(self, samples: int, *asked: bool) -> tuple[int, ...]:
+        return samples, *super().agree(0, *asked)[1:]
+
+    def add(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def joined(self, parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        return np.concatenate(parts)
+
+
 class _Watch(threading.Thread):
     """Writes this rank's signs of life and reads the others'."""
 
@@ -286,8 +321,13 @@ def _named(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def open_ranks(patience: float) -> Ranks:
-    """The ranks that torchrun started this process among; `ALONE` where it did not."""
+def open_ranks(patience: float, hosts: Mapping[str, str] | None = None) -> Ranks:
+    """The ranks that torchrun started this process among; `ALONE` where it did not.
+
+    ``hosts`` is what `dlrm_xla.devices.job_of_hosts` says.
+    """
+    if hosts:
+        return HostRanks(patience, {**os.environ, "LOCAL_RANK": "0", **hosts})
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         return ALONE
     return TorchrunRanks(patience)

@@ -18,6 +18,7 @@ from dlrm_xla.devices import Device, RowAccess
 from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
+from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_optim import DTYPES, RowSettings, StackOptimizer
 from dlrm_xla.rows import BagCollection, Placement, RowFiles, RowStack, RowTable
 from dlrm_xla.tensor_file import Section, TensorFile, write
@@ -50,7 +51,9 @@ class RowStore:
         place: Callable[[Table], Placement] = lambda table: "sparse",
         files: RowFiles | None = None,
         kernels: RowKernels = "own",
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._learning_rate = learning_rate
         # On the device: torch_xla makes equal numbers of a graph one input, so a count on the host that equals another
         # number of the step would be another graph.
@@ -159,7 +162,13 @@ class RowStore:
     def write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Writes tables, the rows' optimizer and ``tensors`` as one file; tables go part by part."""
         others = [Section([(name, t.shape)], t.dtype, [t.detach().to("cpu")]) for name, t in tensors.items()]
-        write(path, [*self.sections(), *others], about)
+        sections = [*self.sections(), *others]
+        if self._ranks.first:
+            write(path, sections, about)
+        else:  # its chips' parts are asked for by the first one
+            for _ in itertools.chain.from_iterable(section.parts for section in sections):
+                pass
+        self._ranks.wait()
 
     def load_from(self, file: TensorFile, optimizer: bool) -> None:
         """Sets the rows, and where asked the optimizer's state, from a checkpoint."""

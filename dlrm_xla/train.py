@@ -89,7 +89,7 @@ class Steps:
             self.rows = TorchrecRows(model, device, settings, config.row_lr, shards, bag_lengths, ranks)
         else:
             place = placement_rule(config, device.rows)
-            self.rows = RowStore(model, device, settings, config.row_lr, place, files, config.row_kernels)
+            self.rows = RowStore(model, device, settings, config.row_lr, place, files, config.row_kernels, ranks)
         self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
         self._names_F = [t.name for t in model.tables]
         own = {name for name, _ in model.bags.named_parameters(prefix="bags")}
@@ -145,8 +145,11 @@ class Steps:
         for bag in self._refreshed:
             bag.refresh()
             assert isinstance(bag, torch.nn.Module)
-            for tensor in bag.state_dict().values():
-                self.ranks.copy_first(tensor)  # hosts may round differently
+            for tensor in bag.state_dict(keep_vars=True).values():
+                if self.ranks.size > 1:  # hosts may round differently
+                    host = tensor.cpu()
+                    self.ranks.copy_first(host)
+                    self.device.write(tensor, host)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes a checkpoint of everything that the next step depends on."""
@@ -377,13 +380,13 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
                 steps.train(packed, outcome.steps)
                 number += 1
                 outcome.steps += 1
-                due = int(
+                save = (
                     outcome.steps % config.save_every == 0
                     if config.save_every
                     else time.monotonic() - saved_at >= config.save_minutes * 60
                 )
                 # Ranks must stop and save after the same step, whichever of them was asked to.
-                count, stop, due = steps.ranks.total(int((packed.labels_B >= 0).sum()), asked_to_stop(), due)
+                count, stop, due = steps.ranks.agree(int((packed.labels_B >= 0).sum()), asked_to_stop(), save)
                 outcome.samples += count
                 outcome.epochs = epoch + number / per_epoch
                 window_steps += 1

@@ -6,12 +6,13 @@ of packed rows on every chip, and brings the rows that an update reads to chips 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -28,12 +29,17 @@ class Mesh:
 
     def __init__(self) -> None:
         self.count: int = xr.global_runtime_device_count()
+        self.hosts: int = xr.process_count()
         self._mesh = xs.Mesh(np.arange(self.count), (self.count,), ("chips",))
-        self.description = f"{self.count} chips by SPMD: batches and large tables cut, the rest whole on each"
+        of_hosts = f" of {self.hosts} hosts" if self.hosts > 1 else ""
+        self.description = f"{self.count} chips{of_hosts} by SPMD: batches and large tables cut, the rest whole on each"
         self._numbers = self.send(torch.arange(self.count, dtype=torch.int32))
 
     def send(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host on the chips, cut along its first dimension; no chip ever holds it whole."""
+        """A tensor of the host on the chips, cut along its first dimension; no chip ever holds it whole.
+
+        Every host has the whole tensor, and sends what its own chips keep.
+        """
         sent = tensor.to(torch_xla.device())
         xs.mark_sharding(sent, self._mesh, ("chips", *[None] * (tensor.dim() - 1)))
         return sent
@@ -55,10 +61,30 @@ class Mesh:
             _XLAC._xla_mark_sharding(sent, sharding)
         tensor.data = sent
 
-    def shards(self, array: Tensor) -> list[Tensor]:
-        """The parts of an array that is cut by `place`, on the host, in order: no graph, as reading it whole is."""
-        found: list[Tensor] = [shard for shard, _ in _XLAC._get_local_shards([array])[0]]
-        return found if len(found[0]) < len(array) else found[:1]
+    def host_parts(self, array: Tensor, part_lines: Callable[[Tensor], int]) -> Iterator[Tensor]:
+        """An array that `place` made, part by part on the host and in order: no graph, as reading it whole is.
+
+        Of several hosts each is given all parts, by the one whose chips have them; so all must ask.
+        """
+        own = {}
+        places = _XLAC._get_local_shard_replica_and_indices([array])[0]
+        for (shard, _), (_, where) in zip(_XLAC._get_local_shards([array])[0], places, strict=True):
+            own[_first_line(where)] = shard
+        owners = {start: host for host, starts in enumerate(self._told(sorted(own))) for start in starts}
+        height = len(array) // len(owners)
+        for start, host in sorted(owners.items()):
+            shard = own[start] if start in own else torch.empty((height, *array.shape[1:]), dtype=array.dtype)
+            for part in torch.split(shard, part_lines(shard)):
+                if self.hosts > 1:
+                    dist.broadcast(part, host)
+                yield part
+
+    def _told(self, mine: list[int]) -> list[list[int]]:
+        if self.hosts == 1:
+            return [mine]
+        told: list[Any] = [None] * self.hosts
+        dist.all_gather_object(told, mine)
+        return told
 
     def returning_whole(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step with its results whole on each chip: to read a cut one is another graph."""
@@ -123,3 +149,8 @@ class Mesh:
         spec: Any = ("chips", *[None] * (part.dim() - 1))
         whole: Tensor = xs.disable_manual_sharding(part, spec, torch.Size(shape), mesh=self._mesh).global_tensor
         return whole
+
+
+def _first_line(where: Any) -> int:
+    """Of what torch_xla says of a shard's place, a slice for each dimension or an ellipsis for the whole."""
+    return 0 if where is Ellipsis else int(where[0].start or 0)

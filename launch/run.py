@@ -46,7 +46,7 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.presets import PRESETS
-from dlrm_xla.ranks import ALONE, Ranks, open_ranks
+from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowFiles
 from dlrm_xla.run_folder import NoRunFolder, RunFolder, check_out, commit, versions
@@ -161,7 +161,7 @@ def make_plan(
     """Plans the tables of a dataset, or without one those of nominal size, for a device's way to lay rows out."""
     tables = make_tables(config, dataset)
     lengths = list(dataset.bag_lengths if dataset else config.synthetic_bags) or [1] * len(tables)
-    innermost, files = row_builder(config, device) if ranks.size == 1 else (LateRows, None)
+    innermost, files = row_builder(config, device) if ranks.part[1] == 1 else (LateRows, None)
     place = placement_rule(config, access)
 
     def trained(bag: nn.Module, table: Table) -> int:
@@ -233,11 +233,11 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     elif config.out:
         ranks.from_first(lambda: check_out(config.out))
     torch.manual_seed(config.seed)
-    device = open_device(config.device)
+    device = open_device(config.device, hosts=True)
     print(f"device: {device.description}")
     if device.loud:
         print(f"*** {device.loud}")
-    if not config.data and ranks.size == 1:  # refused now rather than after minutes of drawing rows
+    if not config.data and ranks.part[1] == 1:  # refused now rather than after minutes of drawing rows
         check_memory(make_plan(config, device, device.rows, None))
     dataset, best_auc = ranks.in_turn(lambda: open_data(config)) if config.data else open_data(config)
     warnings: list[str] = []
@@ -249,8 +249,8 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
 
     fingerprint = check_data(dataset, start[1] if start else None, noted)
     several_ranks.check_data(fingerprint, ranks)
-    part, pinned = (ranks.rank, ranks.size), config.device == "cuda"
-    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, part, pinned=pinned)
+    pinned = config.device == "cuda"
+    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=pinned)
     plan = make_plan(config, device, device.rows, dataset, ranks)
     print(planning.text(plan.bags))
     print(plan.ratio())
@@ -260,7 +260,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
             "more rows, a larger --ratio or options that keep less; this run says nothing about the plugin."
         )
     shards = None
-    if ranks.size > 1:
+    if ranks.part[1] > 1:
         shards = several_ranks.share_out(
             config, plan.tables, plan.make_bags, dataset.bag_lengths, device, plan.memory, ranks
         )
@@ -332,6 +332,7 @@ def open_folder(
         return made[0].path.absolute()
 
     path = ranks.from_first(make)
+    several_ranks.check_shared(path, ranks)
     return made[0] if made else NoRunFolder(path, config)
 
 
@@ -492,11 +493,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         config, origins = resolve(given, file)
         registry.parse(config.plugin)
-        ranks = open_ranks(config.rank_patience)
+        ranks = several_ranks.open_job(config)
         if not ranks.first:
             sys.stdout = open(os.devnull, "w")  # one rank is enough to read
         if plan_only:
-            device = open_device(config.device)
+            device = open_device(config.device, hosts=True)
             dataset = open_data(config)[0] if config.data else None
             plan = make_plan(config, device, device.planned, dataset, ranks)
             chips = device.planned.num_chips
@@ -506,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(planning.text(plan.bags, plan.training, plan.memory))
             if dataset:
                 print(plan.ratio())
-            if ranks.size > 1:
+            if ranks.part[1] > 1:
                 lengths = list(dataset.bag_lengths if dataset else config.synthetic_bags) or [1] * len(plan.tables)
                 several_ranks.check_settings(config, ranks)
                 shards = several_ranks.share_out(

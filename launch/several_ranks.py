@@ -1,9 +1,10 @@
-"""What a run does first where torchrun started several of it: the ranks agree, and share the tables out."""
+"""What a run does first where several of it were started: the ranks agree, and share the tables out."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,22 @@ from dlrm_xla_data.fingerprint import data_changed
 
 from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.devices import Device
+from dlrm_xla.devices import Device, job_of_hosts
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import on_meta
-from dlrm_xla.ranks import Ranks
+from dlrm_xla.ranks import Ranks, open_ranks
 from dlrm_xla.rows import RowTable
 from dlrm_xla.torchrec_plan import Shards, make_shards
 from dlrm_xla.train import row_settings
 
 # Where data lies may differ from host to host; what is in it may not.
 _OF_A_HOST = {"data", "data_cache"}
+
+
+def open_job(config: Config) -> Ranks:
+    """The processes that train together: those of torchrun, or one for each host whose chips are one device."""
+    alone_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1  # several on a host would fight over its chips
+    return open_ranks(config.rank_patience, job_of_hosts(config.device) if alone_here else None)
 
 
 def check_settings(config: Config, ranks: Ranks) -> None:
@@ -36,6 +43,13 @@ def check_settings(config: Config, ranks: Ranks) -> None:
             if mine[name] != other[name] and name not in _OF_A_HOST
         ]:
             raise UserError(f"the ranks were started with other settings. {'; '.join(different)}. Start all alike.")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.out and ranks.restarts == 0:
+        raise UserError("torchrun --max-restarts needs --out or --resume: a restarted job goes on in that folder")
+    if ranks.part[1] > 1:
+        _check_parts(config, ranks)
+
+
+def _check_parts(config: Config, ranks: Ranks) -> None:
     if config.batch_size % ranks.size:
         good = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         near = sorted(sorted(good, key=lambda n: abs(n - ranks.size))[:3])
@@ -60,8 +74,6 @@ def check_settings(config: Config, ranks: Ranks) -> None:
     }
     if found := [line for line, bad in refused.items() if bad]:
         raise UserError(f"with several ranks there is no {'; no '.join(found)}.")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.out and ranks.restarts == 0:
-        raise UserError("torchrun --max-restarts needs --out or --resume: a restarted job goes on in that folder")
 
 
 def check_data(fingerprint: Mapping[str, Any], ranks: Ranks) -> None:
@@ -69,6 +81,16 @@ def check_data(fingerprint: Mapping[str, Any], ranks: Ranks) -> None:
     for k, other in enumerate(ranks.tell("data", fingerprint)):
         if line := data_changed(fingerprint, other):
             raise UserError(f"rank {ranks.rank} and rank {k} have other data: {line}. Give all ranks the same.")
+
+
+def check_shared(path: Path, ranks: Ranks) -> None:
+    """Raises a UserError where a rank does not see the run folder that the first one made: it reads checkpoints too."""
+    seen = ranks.tell("folder", (path.is_dir(), socket.gethostname()))
+    if blind := [f"rank {k} on {host}" for k, (sees, host) in enumerate(seen) if not sees]:
+        raise UserError(
+            f"{', '.join(blind)} does not see the run folder {path} that rank 0 made. Give --out on a file system that "
+            "all hosts share."
+        )
 
 
 def share_out(
