@@ -55,46 +55,51 @@ class DotInteraction(nn.Module):
     """
 
     pairs: Tensor
-    places: Tensor
+    columns: Tensor
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         n = num_features + 1
         self.out_width = dim + n * (n - 1) // 2
-        # Flat positions of the lower triangle, and for each position of the square its pair, or one past the pairs on
-        # the diagonal; computed here because tril_indices falls back to the CPU on xla.
+        # Flat positions of the lower triangle, and for each position of the square the column that its pair's product
+        # has; computed here because tril_indices falls back to the CPU on xla.
         pairs = [(i, j) for i in range(n) for j in range(i)]
-        places = torch.full((n, n), len(pairs), dtype=torch.int32)
+        columns = torch.zeros(n, n, dtype=torch.int32)
         for number, (i, j) in enumerate(pairs):
-            places[i, j] = places[j, i] = number
+            columns[i, j] = columns[j, i] = dim + number
         self.register_buffer("pairs", torch.tensor([i * n + j for i, j in pairs], dtype=torch.int32), persistent=False)
-        self.register_buffer("places", places.flatten(), persistent=False)
+        self.register_buffer("columns", columns.flatten(), persistent=False)
 
     def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
-        vectors_BFD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
-        pairs_BP: Tensor = _PairProducts.apply(vectors_BFD, self.pairs, self.places)  # type: ignore[no-untyped-call]
-        zeros_BZ = pairs_BP.new_zeros(pairs_BP.shape[0], -self.out_width % 16)
-        return torch.cat([dense_BD, pairs_BP, zeros_BZ], dim=1)
+        padded = self.out_width + -self.out_width % 16
+        result: Tensor = _DotProducts.apply(dense_BD, bags_BFD, self.pairs, self.columns, padded)  # type: ignore[no-untyped-call]
+        return result
 
 
-class _PairProducts(torch.autograd.Function):
-    """p_(i,j) = v_i . v_j for j < i; [B, F, D] -> [B, P].
+class _DotProducts(torch.autograd.Function):
+    """[v_0, p_(1,0), p_(2,0), p_(2,1), ..., 0] with p_(i,j) = v_i . v_j, of the dense vector v_0 and the bags.
 
     With the gradient of each product at both its places of a square G, symmetric and with a zero diagonal,
-    dV = G V: one gather and one product, where autograd scatters the gather's gradient and multiplies twice.
+    dV = G V: one gather and one product, where autograd scatters the gather's gradient, multiplies twice, and cuts the
+    gradient of the result into its parts.
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors_BFD: Tensor, pairs: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(vectors_BFD, places)
-        return _columns(torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2)).flatten(1), pairs)
+    def forward(ctx: Any, dense_BD: Tensor, bags_BFD: Tensor, pairs: Tensor, columns: Tensor, padded: int) -> Tensor:
+        vectors_BVD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
+        ctx.save_for_backward(vectors_BVD, columns)
+        pairs_BP = _columns(torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1), pairs)
+        zeros_BZ = pairs_BP.new_zeros(pairs_BP.shape[0], padded - dense_BD.shape[1] - pairs_BP.shape[1])
+        return torch.cat([dense_BD, pairs_BP, zeros_BZ], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        vectors_BFD, places = ctx.saved_tensors
-        square_BF2 = _columns(torch.nn.functional.pad(grads[0], (0, 1)), places)
-        square_BFF = square_BF2.view(len(vectors_BFD), vectors_BFD.shape[1], -1)
-        return torch.bmm(square_BFF, vectors_BFD.to(square_BFF.dtype)), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        vectors_BVD, columns = ctx.saved_tensors
+        dim = vectors_BVD.shape[2]
+        square_BV2 = torch.where(columns > 0, _columns(grads[0], columns), 0)  # the diagonal has no column
+        square_BVV = square_BV2.view(vectors_BVD.shape[0], vectors_BVD.shape[1], -1)
+        grads_BVD = torch.bmm(square_BVV, vectors_BVD.to(square_BVV.dtype))
+        return grads[0][:, :dim] + grads_BVD[:, 0], grads_BVD[:, 1:], None, None, None
 
 
 def _columns(x_BN: Tensor, columns_K: Tensor) -> Tensor:

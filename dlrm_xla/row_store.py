@@ -76,6 +76,12 @@ class RowStore:
         for stack, optimizer in zip(self.stacks, self.optimizers, strict=True):
             if use_fbgemm(kernels, stack, settings):
                 stack.fbgemm = FbgemmRows(stack.rows, optimizer.states(), settings.name, settings.eps, learning_rate)
+        if kernels == "fbgemm" and not any(stack.fbgemm is not None for stack in self.stacks):
+            raise UserError(
+                "row_kernels: fbgemm takes none of these tables: it is for sparse float32 rows, their width a multiple "
+                "of 4, on --device cpu, with SGD or row-wise Adagrad in float32 and without weight decay. Leave it out; "
+                "on several ranks TorchRec brings FBGEMM's kernels, on cuda too."
+            )
         self._finite = FiniteWatch("table", len(members), device)
 
     @property

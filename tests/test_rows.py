@@ -423,3 +423,11 @@ def test_fbgemm_is_taken_by_itself_where_it_pays(monkeypatch, processor, least, 
     monkeypatch.setattr(row_store, "FBGEMM_ROWS", least)
     store = RowStore(Tables(dim=dim), open_device("cpu"), RowSettings(optimizer), 0.01, kernels="auto")
     assert (store.stacks[0].fbgemm is not None) == taken
+
+
+@pytest.mark.skipif(not fbgemm_rows.installed(), reason="fbgemm is not installed (extra: distributed)")
+@pytest.mark.parametrize(("optimizer", "decay", "dim"), [("adam", 0.0, 8), ("sgd", 0.1, 8), ("sgd", 0.0, 6)])
+def test_fbgemm_that_was_asked_for_is_not_left_out_in_silence(optimizer, decay, dim):
+    settings = RowSettings(optimizer, weight_decay=decay)
+    with pytest.raises(UserError, match="row_kernels: fbgemm takes none of these tables"):
+        RowStore(Tables(dim=dim), open_device("cpu"), settings, 0.01, kernels="fbgemm")
