@@ -18,7 +18,7 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.presets import PRESETS
 from dlrm_xla.registry import type_name
 
-RowKernels = Literal["auto", "own", "fbgemm"]
+RowKernels = Literal["own", "fbgemm"]
 RowOptimizerName = Literal["sgd", "adagrad", "adagrad_element", "adam"]
 PLACEMENTS = ("matmul", "dense", "sparse")
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel")
@@ -87,7 +87,7 @@ class Config:
         "fp32", "type of the tables; bf16 rounds each update up or down at random", flag=False
     )
     row_kernels: RowKernels = _setting(
-        "auto", "who updates rows on cpu; auto: FBGEMM where it is installed and was faster", flag=False
+        "own", "who looks rows up and updates them on cpu: own, or FBGEMM's kernels (docs/architecture.md)", flag=False
     )
     row_files: str = _setting("", "folder for tables larger than memory, mapped from there; cpu only", flag=False)
     placement: dict[str, str] = _setting({}, "matmul, dense or sparse for single tables by name", flag=False)

@@ -63,8 +63,9 @@ class RowAccess:
     An array is [R] with one value per id, or [lines, pack dim] with rows as `dlrm_xla.rows.RowStack` packs them.
     ``gather(array, ids_N, dim)`` gives [N, dim], or [N] of an array [R]. ``scatter(array, ids_N, values, add)`` works
     in place; where it does not add, ids must rise and differ. ``static_shapes``: no shape may depend on data, and a
-    scatter leaves out ids past the array's end. ``sum_rows(rows, ids_N, starts_G, weights_N)`` gives the weighted sums
-    [G, dim] of the rows of each group of neighbouring ids without laying the rows side by side, where the device can.
+    scatter leaves out ids past the array's end. ``adds_duplicates``: one that adds may have equal ids, and adds to
+    each row in one order. ``sum_rows(rows, ids_N, starts_G, weights_N)`` gives the weighted sums [G, dim] of the rows
+    of each group of neighbouring ids without laying the rows side by side, where the device can.
     ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last dimension is padded to,
     0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``: arrays may be files
     mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed so where nothing
@@ -77,6 +78,7 @@ class RowAccess:
     sum_rows: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     bits: Callable[[Tensor, torch.dtype], Tensor] = torch.Tensor.view
     static_shapes: bool = False
+    adds_duplicates: bool = False
     lanes: int = 0
     rounds_matmul: bool = False
     files: bool = False
@@ -246,7 +248,7 @@ def _xla_parts(array: Tensor) -> Iterator[Tensor]:
 def _cpu() -> Device:
     description = f"CPU, {torch.get_num_threads()} threads"
     device = torch.device("cpu")
-    rows = RowAccess("a CPU", _gather, _scatter, _sum_rows, files=True)
+    rows = RowAccess("a CPU", _gather, _scatter, _sum_rows, adds_duplicates=True, files=True)
     memory = machine_memory()
     return Device(
         "cpu",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = ("sgd", "adagrad")
+OPTIMIZERS = ("sgd", "adagrad")
 
 
 def installed() -> bool:
@@ -55,7 +55,7 @@ class FbgemmRows:
     def takes(rows: Tensor, optimizer: str, weight_decay: float) -> bool:
         """Whether it has kernels for this: float32 on the CPU, widths in fours, SGD or Adagrad by row, no decay."""
         plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.shape[1] % 4 == 0
-        return plain and optimizer in _NAMES and not weight_decay
+        return plain and optimizer in OPTIMIZERS and not weight_decay
 
     def look_up(self, ids_N: Tensor, ends_G: Tensor) -> Tensor:
         """Sums [G, D] of the rows of each bag, with the graph that ``update`` needs; ends_G [G + 1] from 0.

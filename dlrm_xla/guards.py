@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,11 @@ class FiniteWatch:
         self._first_bad_N = torch.zeros(size, dtype=torch.int32).to(device.torch_device)
         self._names: list[str] = []
 
-    def note(self, sums: Mapping[str, Tensor], step: Tensor) -> None:
+    def note(self, names: Sequence[str], sums_N: Tensor, step: Tensor) -> None:
         """Takes one number per gradient that is not finite where the gradient is not; ``step`` is int32 [1]."""
-        self._names = list(sums)
-        if not sums:
-            return
-        bad_N = torch.stack(list(sums.values())).isfinite().logical_not().int()
-        bad_N = torch.nn.functional.pad(bad_N, (0, len(self._first_bad_N) - len(sums)))
+        self._names = list(names)
+        bad_N = sums_N.isfinite().logical_not().int()
+        bad_N = torch.nn.functional.pad(bad_N, (0, len(self._first_bad_N) - len(names)))
         self._first_bad_N.copy_(torch.where((bad_N > 0) & (self._first_bad_N == 0), step, self._first_bad_N))
 
     def check(self) -> None:

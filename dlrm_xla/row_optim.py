@@ -176,6 +176,10 @@ class StackOptimizer(nn.Module):
             update = partial(self._static, stack, learning_rate)
             access.updated(update, [stack.rows, *self.states()], step, *parts)
             return
+        if stack.placement == "sparse" and self._only_adds(stack) and access.adds_duplicates:
+            for lookup in stack.lookups:
+                access.scatter(stack.rows, lookup.ids_BS.reshape(-1), lookup.gradients(-learning_rate), True)
+            return
         ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
         if not self._still:
             ids_N = _without_padding(ids_N, [lookup.weights_BS for lookup in stack.lookups], stack.end)

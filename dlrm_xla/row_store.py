@@ -25,14 +25,6 @@ from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
-# FBGEMM is taken by itself where it was faster: for SGD in rows of fewer columns than this, on processors with AVX-512,
-# which its kernels are written for, and from so many rows of a stack on that importing it pays. With 53,248 ids in 1M
-# rows on two cores of an Intel Xeon with AVX-512 an update through it takes, in ms, by width, our own behind it:
-#     SGD      16: 2.8, 3.0    64: 5.0, 4.7    128: 7.6, 6.6
-#     Adagrad  16: 6.9, 4.3    64: 8.9, 7.1    128: 10.7, 10.8
-# and on two of an AMD EPYC without AVX-512 in rows of 16 5.7 against 4.3 (Adagrad), 3.6 against 3.5 (SGD).
-FBGEMM_WIDTH = 64
-FBGEMM_ROWS = 1_000_000
 
 
 class RowStore:
@@ -79,8 +71,8 @@ class RowStore:
         if kernels == "fbgemm" and not any(stack.fbgemm is not None for stack in self.stacks):
             raise UserError(
                 "row_kernels: fbgemm takes none of these tables: it is for sparse float32 rows, their width a multiple "
-                "of 4, on --device cpu, with SGD or row-wise Adagrad in float32 and without weight decay. Leave it out; "
-                "on several ranks TorchRec brings FBGEMM's kernels, on cuda too."
+                "of 4, on --device cpu, with SGD or row-wise Adagrad in float32 and no weight decay. Leave it out; on "
+                "several ranks TorchRec brings FBGEMM's kernels, on cuda too."
             )
         self._finite = FiniteWatch("table", len(members), device)
 
@@ -111,11 +103,17 @@ class RowStore:
                 stack.lookups.clear()
 
     def _watch(self) -> None:
-        sums: dict[str, Tensor] = {}
-        for lookup in (lookup for stack in self.stacks for lookup in stack.lookups):
-            for name, number in zip(lookup.names, lookup.gradient_sums().unbind(), strict=True):
-                sums[name] = sums[name] + number if name in sums else number
-        self._finite.note(sums, self._step)
+        lookups = [lookup for stack in self.stacks for lookup in stack.lookups]
+        names = [name for lookup in lookups for name in lookup.names]
+        if not names:
+            return
+        sums_N = torch.cat([lookup.gradient_sums() for lookup in lookups])
+        if len(set(names)) < len(names):
+            added: dict[str, Tensor] = {}
+            for name, number in zip(names, sums_N.unbind(), strict=True):
+                added[name] = added[name] + number if name in added else number
+            names, sums_N = list(added), torch.stack(list(added.values()))
+        self._finite.note(names, sums_N, self._step)
 
     @property
     def steps_done(self) -> Tensor:
@@ -243,17 +241,7 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
     if kernels == "own":
         return False
     if not fbgemm_rows.installed():
-        if kernels == "fbgemm":
-            raise UserError("row_kernels: fbgemm is not installed. pip install -e '.[distributed]', or take auto")
-        return False
-    pays = (
-        settings.name == "sgd"
-        and stack.dim < FBGEMM_WIDTH
-        and stack.num_rows >= FBGEMM_ROWS
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    )
-    if kernels == "auto" and not pays:
-        return False
+        raise UserError("row_kernels: fbgemm is not installed. pip install -e '.[distributed]', or leave it out")
     plain = stack.placement == "sparse" and not stack.file_backed and settings.state == "fp32"
     return plain and FbgemmRows.takes(stack.rows, settings.name, settings.weight_decay)
 

@@ -141,16 +141,20 @@ class Lookup(NamedTuple):
         assert self.leaf.grad is not None
         return self.leaf.grad
 
-    def gradients(self) -> Tensor:
-        """Gradient of each slot's row, [B S, D]."""
-        return self.spread(self.weights_BS, self.gradient())
+    def gradients(self, factor: float = 1.0) -> Tensor:
+        """Gradient of each slot's row times a factor, [B S, D]."""
+        if self.pooled:
+            return self.spread(self.weights_BS * factor, self.gradient())
+        return self.spread(self.weights_BS, self.gradient() * factor)
 
     def spread(self, weights_BS: Tensor, grad: Tensor) -> Tensor:
         """The leaf's gradient by slot, [B S, D]."""
         if self.pooled:
-            if len(self.lengths) != self.ids_BS.shape[1]:
-                parts = zip(grad.unbind(1), self.lengths, strict=True)
-                grad = torch.cat([g_BD.unsqueeze(1).expand(-1, length, -1) for g_BD, length in parts], 1)
+            batch, bags, dim = grad.shape
+            if len(set(self.lengths)) == 1:
+                return (grad.unsqueeze(2) * weights_BS.view(batch, bags, -1, 1)).view(-1, dim)
+            parts = zip(grad.unbind(1), self.lengths, strict=True)
+            grad = torch.cat([g_BD.unsqueeze(1).expand(-1, length, -1) for g_BD, length in parts], 1)
             grad = grad * weights_BS.unsqueeze(2)
         return grad.reshape(-1, grad.shape[2])
 

@@ -226,8 +226,7 @@ class TorchrecRows:
         sums = torch.zeros(len(self.members), device=grad_BK.device).index_add_(
             0, self._table_of_column, grad_BK.sum(0)
         )
-        names = [m.table.name for m in self.members]
-        self._finite.note(dict(zip(names, sums.unbind(), strict=True)), self._step)
+        self._finite.note([m.table.name for m in self.members], sums, self._step)
 
     @property
     def steps_done(self) -> Tensor:

@@ -211,7 +211,8 @@ class Steps:
         self.dense.zero_grad(set_to_none=True)
         self.rows.step()
         with torch.no_grad():
-            self._finite.note(sums, self.rows.steps_done)
+            if sums:
+                self._finite.note(list(sums), torch.stack(list(sums.values())), self.rows.steps_done)
             self.loss_and_count += torch.stack([torch.stack(totals).sum(), count])
 
     def _evaluation_step(self, packed: PackedBatch) -> Tensor:

@@ -117,8 +117,8 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         # A step's placement is the device's choice; the flag is for single tables.
         placements = given.placement if case.what != "step" else ["sparse"]
         makers = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
-        if case.device.name == "cpu" and fbgemm_rows.installed():
-            makers[f"{OURS} own kernels"] = lambda: arms.ours(case, "sparse", "own")
+        if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
+            makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
         if case.what == "step":
             makers[f"{OURS} bf16"] = lambda: arms.in_bf16(case)
         others = {

@@ -95,7 +95,7 @@ def _zipf(rng: np.random.Generator, rows: int, exponent: float, shape: tuple[int
     return np.minimum(ids, rows - 1).astype(np.int32)
 
 
-def _config(case: Case, kernels: RowKernels = "auto", **more: Any) -> Config:
+def _config(case: Case, kernels: RowKernels = "own", **more: Any) -> Config:
     given = {"row_optimizer": case.optimizer, "batch_size": case.batch, "dim": case.dim, "row_kernels": kernels}
     return resolve({"preset": "kaggle", **given, **more}, None)[0]
 
@@ -116,7 +116,7 @@ def _tables(case: Case) -> list[Table]:
     return [Table(f"t{k}", rows, case.dim) for k, rows in enumerate(case.table_rows)]
 
 
-def ours(case: Case, placement: Placement, kernels: RowKernels = "auto") -> Repetition:
+def ours(case: Case, placement: Placement, kernels: RowKernels = "own") -> Repetition:
     """The row store of this project."""
     device = case.device
     if case.what == "step":
@@ -138,13 +138,13 @@ def placed(case: Case, matmul_rows: int, dense_rows: int) -> Repetition:
     return _dlrm_step(case, [RowTable] * len(case.table_rows), matmul_rows=matmul_rows, dense_rows=dense_rows)
 
 
-def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: Any) -> Repetition:
+def _dlrm_step(case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "own", **settings: Any) -> Repetition:
     steps, batches = _steps(case, make_bags, kernels, **settings)
     return lambda k: steps.train(batches[k % NUM_BATCHES], k)
 
 
 def _steps(
-    case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "auto", **settings: Any
+    case: Case, make_bags: Sequence[MakeBag], kernels: RowKernels = "own", **settings: Any
 ) -> tuple[Steps, list[PackedBatch]]:
     config = _config(case, kernels, **settings)
     model = DLRM(13, _tables(case), make_bags, bottom=config.bottom, top=config.top, seed=case.seed)

@@ -127,7 +127,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
         for table, trained in zip(plan.tables, _trained(file, plan), strict=True):
             check_rows(table.name, trained)
         # Nothing is trained, so rows have no state.
-        plain = dataclasses.replace(config, row_optimizer="sgd", row_kernels="own")
+        plain = dataclasses.replace(config, row_optimizer="sgd")
         scored = Steps(serving.build_mapped(about["model"], file, device), dataset.bag_lengths, device, plain)
         before = _scores(scored, loader, GraphWatch(device, launcher.warn))
         del scored
