@@ -289,6 +289,20 @@ def test_a_small_model_compiles_for_a_chip(chip, plugin, tmp_path, monkeypatch, 
 @needs_xla
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize(("chip", "cycles"), [("v5e", 450_000), ("v6e", 320_000)])
+def test_the_kaggle_step_keeps_to_its_cycles(chip, cycles, tmp_path, capsys):
+    """A change of a line elsewhere may cost a tenth of them by another layout, and nothing else would tell."""
+    command = ["--chip", chip, "--preset", "kaggle", "--batch-size", "2048", "--row-optimizer", "sgd"]
+    command += ["--dense-optimizer", "sgd", "--cache", str(tmp_path), "--out", str(tmp_path / "r.json")]
+    assert launch_script("compile_tpu").main(command) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert 100_000 < report["known_cycles"] <= cycles
+    capsys.readouterr()
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.slow
 def test_four_chips_share_a_step(tmp_path, capsys):
     command = ["--chip", "v5e", "--chips", "4", "--preset", "kaggle", "--batch-size", "256"]
     command += ["--cache", str(tmp_path), "--out", str(tmp_path / "r.json"), "--row-optimizer", "sgd"]
