@@ -26,6 +26,9 @@ from dlrm_xla.ids import divide_ids, places
 Step = Callable[..., Any]
 # Bytes of an array that are on the host at a time while it is read.
 _PART_BYTES = 2**26
+# Of a TPU's memory on the chip, what small tables may take (docs/tpu.md, 9). Not where chips share arrays, for what
+# each must exchange would double in number.
+_NEAR_BYTES = 40_000_000
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _HOST_GENERATOR = {"host": (torch.get_rng_state, torch.set_rng_state)}
@@ -69,7 +72,9 @@ class RowAccess:
     ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last dimension is padded to,
     0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``: arrays may be files
     mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed so where nothing
-    else was asked for. ``chips`` share arrays of sparse placement, where there are several.
+    else was asked for. ``near_bytes``: the smallest tables, up to so many bytes in all, are arrays apart from the
+    others, for there is memory near the processor that a compiler keeps them in. ``chips`` share arrays of sparse
+    placement, where there are several.
     """
 
     description: str
@@ -84,6 +89,7 @@ class RowAccess:
     files: bool = False
     matmul_rows: int = 0
     dense_rows: int = 0
+    near_bytes: int = 0
     chips: Chips | None = None
 
     @property
@@ -356,13 +362,14 @@ def _xla() -> Device:
         static_shapes=True,
         lanes=128,
         rounds_matmul=True,
+        near_bytes=0 if chips else _NEAR_BYTES,
         chips=chips,
     )
     rows, memory = tpu, 0.0
     compile: Callable[[Step, str], Step] = RecordedStep
     if kind == "CPU":
         compile = _in_memory_kept(RecordedStep)
-        rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False)
+        rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False, near_bytes=0)
         memory = machine_memory()
     else:
         memory = _chip_memory(lambda: torch_xla.core.xla_model.get_memory_info(device)["bytes_limit"])

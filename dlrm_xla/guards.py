@@ -32,6 +32,7 @@ _ROUNDING = {
     "placement",
     "matmul_rows",
     "dense_rows",
+    "near_bytes",
     "micro_batches",
     "row_files",
     "row_kernels",

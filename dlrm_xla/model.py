@@ -62,15 +62,24 @@ class DotInteraction(nn.Module):
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         n = num_features + 1
+        self.dim = dim
         self.out_width = dim + n * (n - 1) // 2
+        for name in ("pairs", "columns"):
+            self.register_buffer(name, None, persistent=False)
+        self.take_order(range(num_features))
+
+    def take_order(self, order: Sequence[int]) -> None:
+        """Takes the bags in this order of features from now on; the result stays that of features in order."""
+        n = len(order) + 1
+        at = {feature + 1: place + 1 for place, feature in enumerate(order)} | {0: 0}
         # Flat positions of the lower triangle, and for each position of the square the column that its pair's product
         # has; computed here because tril_indices falls back to the CPU on xla.
-        pairs = [(i, j) for i in range(n) for j in range(i)]
+        pairs = [(at[i], at[j]) for i in range(n) for j in range(i)]
         columns = torch.zeros(n, n, dtype=torch.int32)
         for number, (i, j) in enumerate(pairs):
-            columns[i, j] = columns[j, i] = dim + number
-        self.register_buffer("pairs", torch.tensor([i * n + j for i, j in pairs], dtype=torch.int32), persistent=False)
-        self.register_buffer("columns", columns.flatten(), persistent=False)
+            columns[i, j] = columns[j, i] = self.dim + number
+        self.pairs = torch.tensor([i * n + j for i, j in pairs], dtype=torch.int32)
+        self.columns = columns.flatten()
 
     def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
         padded = self.out_width + -self.out_width % _CPU_COLUMNS
@@ -198,7 +207,12 @@ class DLRM(nn.Module):
             for position, (table, make_bag) in enumerate(zip(tables, make_bags, strict=True)):
                 torch.manual_seed(1_000_003 * (seed + 1) + position)
                 bags.append(make_bag(table))
-            self.bags = BagCollection(bags)
+            self.bags = BagCollection(bags, any_order=interaction == "dot")
+
+    def arrange(self) -> None:
+        """Has the interaction take the bags in the order in which they come; the logits do not depend on it."""
+        if isinstance(self.interaction, DotInteraction):
+            self.interaction.take_order(self.bags.order)
 
     def forward(self, dense_BI: Tensor, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         if dense_BI.device.type == "cpu":

@@ -20,7 +20,7 @@ from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_optim import DTYPES, RowSettings, StackOptimizer
-from dlrm_xla.rows import BagCollection, Placement, RowFiles, RowStack, RowTable
+from dlrm_xla.rows import Arranged, BagCollection, Placement, RowFiles, RowStack, RowTable
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # Ids are int32, and a stack needs some past its end.
@@ -44,6 +44,7 @@ class RowStore:
         files: RowFiles | None = None,
         kernels: RowKernels = "own",
         ranks: Ranks = ALONE,
+        near_bytes: int = 0,
     ) -> None:
         self._ranks = ranks
         self._learning_rate = learning_rate
@@ -52,13 +53,16 @@ class RowStore:
         self._step = torch.zeros(1, dtype=torch.int32).to(device.torch_device)
         self.device = device
         members = [(name, module) for name, module in model.named_modules() if isinstance(module, RowTable)]
-        groups = list(_grouped([module for _, module in members], place))
+        groups = list(_grouped([module for _, module in members], place, near_bytes))
         self.stacks = [RowStack(tables, device, placement) for placement, tables in groups]
         of_module = {module: f"{name}.weight".removeprefix(".") for name, module in members}
         self._names = [[of_module[table] for table in tables] for _, tables in groups]
         for module in model.modules():
             if isinstance(module, BagCollection):
                 module.group()
+        for module in model.modules():
+            if isinstance(module, Arranged):
+                module.arrange()
         self.optimizers = [
             StackOptimizer(stack, settings, files if stack.file_backed else None) for stack in self.stacks
         ]
@@ -247,13 +251,15 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
 
 
 def _grouped(
-    members: Sequence[RowTable], place: Callable[[Table], Placement]
+    members: Sequence[RowTable], place: Callable[[Table], Placement], near_bytes: int
 ) -> Iterator[tuple[Placement, list[RowTable]]]:
-    groups: dict[tuple[Placement, int, torch.dtype, object], list[RowTable]] = {}
-    parts: dict[tuple[Placement, int, torch.dtype], tuple[int, int]] = {}
+    groups: dict[tuple[Placement, int, torch.dtype, bool, object], list[RowTable]] = {}
+    parts: dict[tuple[Placement, int, torch.dtype, bool], tuple[int, int]] = {}
+    near = _near(members, near_bytes)
     for member in members:
         assert member.weight is not None, f"{member.table.name} is in a store already"
-        kind = (place(member.table), member.table.dim, member.weight.dtype)
+        placement = place(member.table)
+        kind = (placement, member.table.dim, member.weight.dtype, placement == "sparse" and member in near)
         if member.table.num_rows > MAX_STACK_ROWS:
             raise UserError(
                 f"table {member.table.name} has {member.table.num_rows:,} rows, but {MAX_STACK_ROWS:,} are the most "
@@ -269,3 +275,14 @@ def _grouped(
         groups.setdefault((*kind, part), []).append(member)
     for (placement, *_), tables in groups.items():
         yield placement, tables
+
+
+def _near(members: Sequence[RowTable], most_bytes: int) -> set[RowTable]:
+    """The smallest tables, as many as have so many bytes together."""
+    found, total = set(), 0
+    for member in sorted(members, key=lambda m: m.table.num_rows * m.table.dim):
+        total += 4 * member.table.num_rows * member.table.dim
+        if total > most_bytes:
+            break
+        found.add(member)
+    return found

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -364,15 +364,27 @@ def matmul_parts(values: Tensor, device: Device) -> list[Tensor]:
     return [*parts, values]
 
 
+@runtime_checkable
+class Arranged(Protocol):
+    """A module around bags that wants to know the order in which they come."""
+
+    def arrange(self) -> None:
+        """Looks at `BagCollection.order`; called once the stacks are made."""
+
+
 class BagCollection(nn.ModuleList):
     """The bags of a model, one per feature: (ids, weights) -> [B, F, D].
 
-    Exact tables of one stack are looked up together, in one gather.
+    Exact tables of one stack are looked up together, in one gather. Their bags then lie side by side in it, and so they
+    are given in ``any_order``, that of ``order``; otherwise by feature, for which they are taken apart.
     """
 
-    def __init__(self, bags: Sequence[nn.Module]) -> None:
+    def __init__(self, bags: Sequence[nn.Module], any_order: bool = False) -> None:
         super().__init__(bags)
+        self.any_order = any_order
+        self.order = list(range(len(bags)))
         self._groups: list[_Group] = []
+        self._alone = self.order
 
     def group(self) -> None:
         """Finds the bags that are exact tables of one stack; called once the stacks are made."""
@@ -386,24 +398,34 @@ class BagCollection(nn.ModuleList):
         self._groups = list(found.values())
         for number, group in enumerate(self._groups):
             self.register_buffer(f"bases{number}", torch.tensor(group.bases, dtype=torch.int32), persistent=False)
+        together = [feature for group in self._groups for feature in group.features]
+        self._alone = [feature for feature in range(len(self)) if feature not in together]
+        if self.any_order:
+            self.order = together + self._alone
 
     def forward(self, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        outs: list[Tensor | None] = [None] * len(self)
-        for number, (stack, features, names, _) in enumerate(self._groups):
-            bases_F = self.get_buffer(f"bases{number}")
-            lengths = [ids[f].shape[1] for f in features]
-            if all(length == 1 for length in lengths):
-                ids_BS = torch.cat([ids[f] for f in features], 1) + bases_F
-            else:
-                ids_BS = torch.cat([ids[f] + bases_F[k] for k, f in enumerate(features)], 1)
-            weights_BS = torch.cat([weights[f] for f in features], 1)
-            pooled_BFD = stack.look_up(ids_BS, weights_BS, lengths, names, self.training)
-            if len(features) == len(self):
-                return pooled_BFD
-            for f, out_BD in zip(features, pooled_BFD.unbind(1), strict=True):
-                outs[f] = out_BD
-        found = zip(self, ids, weights, outs, strict=True)
-        return torch.stack([bag(i, w) if out is None else out for bag, i, w, out in found], 1)
+        pooled = [self._looked_up(number, ids, weights) for number in range(len(self._groups))]
+        if self._alone:
+            pooled.append(torch.stack([self[f](ids[f], weights[f]) for f in self._alone], 1))
+        if len(pooled) == 1:
+            return pooled[0]
+        if self.any_order:
+            return torch.cat(pooled, 1)
+        outs = [out_BD for part_BFD in pooled for out_BD in part_BFD.unbind(1)]
+        together = [feature for group in self._groups for feature in group.features]
+        places = {feature: place for place, feature in enumerate(together + self._alone)}
+        return torch.stack([outs[places[feature]] for feature in range(len(self))], 1)
+
+    def _looked_up(self, number: int, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        stack, features, names, _ = self._groups[number]
+        bases_F = self.get_buffer(f"bases{number}")
+        lengths = [ids[f].shape[1] for f in features]
+        if all(length == 1 for length in lengths):
+            ids_BS = torch.cat([ids[f] for f in features], 1) + bases_F
+        else:
+            ids_BS = torch.cat([ids[f] + bases_F[k] for k, f in enumerate(features)], 1)
+        weights_BS = torch.cat([weights[f] for f in features], 1)
+        return stack.look_up(ids_BS, weights_BS, lengths, names, self.training)
 
 
 class _Group(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dlrm_xla.collectives import KINDS, exchanges
 from dlrm_xla.hlo import Array, Executed, Module, Operation
-from dlrm_xla.tpu import Chip, lookup_seconds, update_seconds
+from dlrm_xla.tpu import Chip, lookup_seconds, near_lookup_seconds, near_update_seconds, sort_seconds, update_seconds
 
 # A vector register of 8 x 128 numbers of 32 bits is read and one is written per cycle.
 REGISTER_BYTES = 8 * 128 * 4
@@ -49,7 +49,8 @@ def costs(module: Module, chip: Chip) -> list[Cost]:
 def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     """Time of an operation that the compiler gives no count.
 
-    A gather or scatter of lines in HBM: `dlrm_xla.tpu.lookup_seconds`, `update_seconds`; on the chip, a line per cycle.
+    A gather or scatter of lines: `dlrm_xla.tpu.lookup_seconds` and `update_seconds` in HBM, `near_lookup_seconds` and
+    `near_update_seconds` on the chip; a sort: `sort_seconds`.
     Any other: bytes in HBM over its bandwidth, or bytes on the chip at one vector register per cycle. Latency is not in
     it; neither is overlap.
     """
@@ -62,12 +63,17 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
         integers = [a for a in operands if a.dtype in ("s32", "u32")]
         rows = max((a.numbers for a in [a for a in integers if a is not large] or integers), default=0)
         width = large.dims[-1] if len(large.dims) > 1 else 1
+        if large.space and "scatter" in kinds:
+            by_order = operation.name.startswith("scatter_custom")
+            return executed.times * near_update_seconds(chip, rows, width, is_sorted=by_order)
         if large.space:
-            return executed.times * rows * -(-width // 128) / chip.clock_hz
+            return executed.times * near_lookup_seconds(chip, rows, width)
         if "scatter" not in kinds:
             return executed.times * lookup_seconds(chip, rows, width)
         is_sorted = "indices_are_sorted=true" in module.text_inside(operation)
         return executed.times * update_seconds(chip, rows, large.dims, is_sorted=is_sorted)
+    if "sort" in kinds:
+        return executed.times * sort_seconds(chip, max(a.numbers for a in results))
     if kinds & {"dynamic-update-slice", "dynamic-slice"}:
         # What is updated in place, or read in part, is not moved: the smaller arrays are.
         largest = max((*operands, *results), key=lambda a: a.numbers)

@@ -242,6 +242,12 @@ def lower_bound(
 _LOOKUP_CYCLES = {"v4": 4.3, "v5e": 5.3, "v5p": 5.3, "v6e": 4.9, "tpu7x": 4.9}
 _LINE_CYCLES = 3.6
 _UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
+# The same where the table is in the chip's own memory: 28,672 rows of 1,070 and 8,960 lines, 43,008 of 71,162 lines,
+# which are brought there and sorted first (the sort is an operation of its own). Two TensorCores share v4 and v5p.
+_NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 1.9, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
+_NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 6.2}
+_NEAR_SORTED_UPDATE_CYCLES = {"v4": 11.3, "v5e": 8.8, "v5p": 8.8, "v6e": 8.3, "tpu7x": 8.3}
+_SORT_CYCLES = {"v4": 1.9, "v5e": 2.3, "v5p": 0.6, "v6e": 1.0, "tpu7x": 1.0}
 
 
 def lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
@@ -251,6 +257,22 @@ def lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
     return max(rows * cycles / cores / chip.clock_hz, 2 * rows * row_bytes(dim) / chip.hbm_bytes_per_second)
 
 
+def near_lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
+    """XLA's gather from a table in the chip's own memory: bundles issued for each line."""
+    return rows * -(-dim // 128) * _NEAR_LOOKUP_CYCLES[chip.name] / chip.clock_hz
+
+
+def near_update_seconds(chip: Chip, rows: int, width: int, *, is_sorted: bool) -> float:
+    """XLA's scatter into a table in the chip's own memory: bundles issued for each line, its ids sorted or not."""
+    cycles = (_NEAR_SORTED_UPDATE_CYCLES if is_sorted else _NEAR_UPDATE_CYCLES)[chip.name]
+    return rows * -(-width // 128) * cycles / chip.clock_hz
+
+
+def sort_seconds(chip: Chip, numbers: int) -> float:
+    """A sort of ids with their places: bundles issued for each of some 43,000."""
+    return numbers * _SORT_CYCLES[chip.name] / chip.clock_hz
+
+
 def update_seconds(chip: Chip, rows: int, table: Sequence[int], *, is_sorted: bool) -> float:
     """XLA's scatter into a table [lines, width], or [rows] of single numbers, that does not fit on the chip.
 
@@ -258,7 +280,8 @@ def update_seconds(chip: Chip, rows: int, table: Sequence[int], *, is_sorted: bo
     rows. Otherwise it reads and writes a tile of eight lines for each row, one after the other.
     """
     if is_sorted:
-        return 2 * storage_bytes(table) / chip.hbm_bytes_per_second
+        issued = rows * _NEAR_SORTED_UPDATE_CYCLES[chip.name] / chip.clock_hz
+        return max(2 * storage_bytes(table) / chip.hbm_bytes_per_second, issued)
     tiles = 2 * rows * SUBLANES * row_bytes(table[-1] if len(table) > 1 else 1)
     return max(rows * _UPDATE_CYCLES[chip.name] / chip.clock_hz, tiles / chip.hbm_bytes_per_second)
 

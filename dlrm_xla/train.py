@@ -89,7 +89,10 @@ class Steps:
             self.rows = TorchrecRows(model, device, settings, config.row_lr, shards, bag_lengths, ranks)
         else:
             place = placement_rule(config, device.rows)
-            self.rows = RowStore(model, device, settings, config.row_lr, place, files, config.row_kernels, ranks)
+            near = device.rows.near_bytes if config.near_bytes < 0 else config.near_bytes
+            self.rows = RowStore(
+                model, device, settings, config.row_lr, place, files, config.row_kernels, ranks, near_bytes=near
+            )
         self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
         self._names_F = [t.name for t in model.tables]
         own = {name for name, _ in model.bags.named_parameters(prefix="bags")}

@@ -129,3 +129,32 @@ def test_plugins_own_parameters_have_a_rate_of_their_own(device):
     for name, change in changes[0].items():
         factor = 0.1 if name.startswith("bags.") else 1.0
         torch.testing.assert_close(changes[1][name], change * factor, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_small_tables_in_an_array_of_their_own_train_alike(device):
+    """Stacks, order of bags and order of the interaction are inside; losses and tables are those of one array."""
+    found = []
+    for near_bytes in (0, 150 * 16 * 4):
+        given = {"batch_size": 8, "row_lr": 0.3, "dense_lr": 0.1, "dense_optimizer": "sgd", "near_bytes": near_bytes}
+        config, _ = resolve({"preset": "kaggle", **given}, None)
+        makes = [RowTable, RowTable, compose(parse("hash_rows:rows=90"), RowTable), RowTable]
+        tables = [Table(f"t{k}", rows, 16) for k, rows in enumerate((50, 700, 9000, 300))]
+        steps = Steps(DLRM(5, tables, makes, bottom=[8], top=[8]), [1, 2, 1, 1], open_device(device), config)
+        assert len(steps.rows.stacks) == (2 if near_bytes else 1)
+        draw = torch.Generator().manual_seed(2)
+        losses = []
+        for number in range(6):
+            ids = [
+                torch.randint(t.num_rows, (8, n), generator=draw).int()
+                for t, n in zip(tables, (1, 2, 1, 1), strict=True)
+            ]
+            labels_B = (ids[0][:, 0] % 2).float()
+            steps.train(PackedBatch(torch.rand(8, 5, generator=draw), torch.cat(ids, 1), labels_B), number)
+            losses.append(steps.mean_loss())
+        found.append((losses, dict(steps.rows.tables())))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    assert max(found[0][0]) - min(found[0][0]) > 0.01
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, rows in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], rows, atol=1e-6, rtol=0)
