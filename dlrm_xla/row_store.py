@@ -251,7 +251,7 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
 
 
 def _grouped(
-    members: Sequence[RowTable], place: Callable[[Table], Placement], near_bytes: int
+    members: Sequence[RowTable], place: Callable[[Table], Placement], near_bytes: int = 0
 ) -> Iterator[tuple[Placement, list[RowTable]]]:
     groups: dict[tuple[Placement, int, torch.dtype, bool, object], list[RowTable]] = {}
     parts: dict[tuple[Placement, int, torch.dtype, bool], tuple[int, int]] = {}
