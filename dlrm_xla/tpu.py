@@ -243,7 +243,8 @@ _LOOKUP_CYCLES = {"v4": 4.3, "v5e": 5.3, "v5p": 5.3, "v6e": 4.9, "tpu7x": 4.9}
 _LINE_CYCLES = 3.6
 _UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
 # The same where the table is in the chip's own memory: 28,672 rows of 1,070 and 8,960 lines, 43,008 of 71,162 lines,
-# which are brought there and sorted first (the sort is an operation of its own). Two TensorCores share v4 and v5p.
+# which are brought there and sorted first (the sort is an operation of its own). Two TensorCores share v4 and v5p. Of
+# TPU7x the figures are those of v6e, but for 6.2 bundles of small updates.
 _NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 1.9, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
 _NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 6.2}
 _NEAR_SORTED_UPDATE_CYCLES = {"v4": 11.3, "v5e": 8.8, "v5p": 8.8, "v6e": 8.3, "tpu7x": 8.3}

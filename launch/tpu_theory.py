@@ -130,6 +130,35 @@ def programs() -> dict[str, Any]:
     return result
 
 
+def on_chip() -> dict[str, Any]:
+    """Bundles issued for each row of a table that the chip's own memory holds."""
+    import jax.numpy as jnp
+    import tpu_programs
+    from tpu_programs import compile_for
+
+    tpu_programs.read_kernels()
+
+    def gather(table: Any, ids_N: Any) -> Any:
+        return jnp.take(table, ids_N, axis=0, mode="clip")
+
+    def update(table: Any, ids_N: Any, values: Any) -> Any:
+        return table.at[ids_N].add(values, mode="drop")
+
+    result: dict[str, Any] = {}
+    for chip in CHIPS.values():
+        if chip.name == "tpu7x":  # whose SparseCores take what is large, and show no program
+            continue
+        for lines, rows in ((1_070, 28_672), (8_960, 28_672), (71_162, 43_008)):
+            shapes = [((lines, 128), jnp.float32), ((rows,), jnp.int32), ((rows, 128), jnp.float32)]
+            for name, function, given, donated in (("lookup", gather, shapes[:2], []), ("update", update, shapes, [0])):
+                program = compile_for(chip, function, given, donated)
+                kernels = [k for k in program.kernels if re.match("gather|scatter|sort", k.name)]
+                per_row = {k.name: round(k.issued / rows, 2) for k in kernels if k.issued > rows / 4}
+                result[f"{chip.name} {name} {lines} {rows}"] = per_row
+                print(chip.name, name, lines, rows, per_row, flush=True)
+    return result
+
+
 def one_hot() -> dict[str, Any]:
     """Cycles of a one-hot product over the rows of a table."""
     import jax.numpy as jnp
@@ -211,6 +240,7 @@ def families() -> dict[str, Any]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "storage": storage,
     "programs": programs,
+    "on_chip": on_chip,
     "one_hot": one_hot,
     "families": families,
 }
