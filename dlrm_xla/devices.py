@@ -26,8 +26,7 @@ from dlrm_xla.ids import divide_ids, places
 Step = Callable[..., Any]
 # Bytes of an array that are on the host at a time while it is read.
 _PART_BYTES = 2**26
-# Of a TPU's memory on the chip, what small tables may take (docs/tpu.md, 9). Not where chips share arrays, for what
-# each must exchange would double in number.
+# Of a TPU's memory on each chip, what small tables may take (docs/tpu.md, 4).
 _NEAR_BYTES = 40_000_000
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -362,7 +361,7 @@ def _xla() -> Device:
         static_shapes=True,
         lanes=128,
         rounds_matmul=True,
-        near_bytes=0 if chips else _NEAR_BYTES,
+        near_bytes=_NEAR_BYTES * (chips.count if chips else 1),
         chips=chips,
     )
     rows, memory = tpu, 0.0

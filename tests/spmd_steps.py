@@ -1,6 +1,7 @@
 """Trains small models on the xla device and prints their losses as JSON; run by test_spmd.py with one and four chips.
 
-python tests/spmd_steps.py STEPS CASE...       CASE: plugin/row optimizer/lanes, such as hash_rows:rows=500/adagrad/128
+python tests/spmd_steps.py STEPS CASE...       CASE: plugin/row optimizer/lanes, such as hash_rows:rows=500/adagrad/128,
+                                               and bytes of small tables in an array of their own
 LOAD=FILE in the environment: a checkpoint to go on from; SAVE=FILE: one to write at the end.
 """
 
@@ -28,10 +29,11 @@ BAGS = (1, 3, 2)
 
 
 def make_steps(case, device=None, rows=ROWS):
-    plugin, optimizer, lanes = case.split("/")
+    plugin, optimizer, lanes, *near = case.split("/")
     device = device or open_device("xla")
     device = dataclasses.replace(device, rows=dataclasses.replace(device.rows, lanes=int(lanes)))
     settings = {"preset": "kaggle", "batch_size": BATCH, "row_optimizer": optimizer, "row_lr": 0.05, "dense_lr": 0.1}
+    settings |= {"near_bytes": int(*near)}
     config, _ = resolve(settings, None)
     tables = [Table(f"t{k}", r, 16) for k, r in enumerate(rows)]
     made = [plugin if r > 1000 else "exact" for r in rows]

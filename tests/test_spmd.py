@@ -22,6 +22,7 @@ SLOW = [
     "hash_rows:rows=500/sgd/0",
     "exact/sgd/0",
     "exact/adam/128",
+    "exact/adagrad/128/350000",
     "exact/adagrad_element/0",
     "tensorly_tt/adagrad/128",
     "quotient_remainder/adagrad/0",
