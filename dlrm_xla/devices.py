@@ -26,8 +26,6 @@ from dlrm_xla.ids import divide_ids, places
 Step = Callable[..., Any]
 # Bytes of an array that are on the host at a time while it is read.
 _PART_BYTES = 2**26
-# Of a TPU's memory on each chip, what small tables may take (docs/tpu.md, 4).
-_NEAR_BYTES = 40_000_000
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _HOST_GENERATOR = {"host": (torch.get_rng_state, torch.set_rng_state)}
@@ -361,7 +359,7 @@ def _xla() -> Device:
         static_shapes=True,
         lanes=128,
         rounds_matmul=True,
-        near_bytes=_NEAR_BYTES * (chips.count if chips else 1),
+        near_bytes=_near_bytes(chips.count if chips else 1),
         chips=chips,
     )
     rows, memory = tpu, 0.0
@@ -391,6 +389,14 @@ def _xla() -> Device:
         loud,
         capturable=True,
     )
+
+
+def _near_bytes(chips: int) -> int:
+    """What small tables may take of the memory on so many TPU chips (docs/tpu.md, 4).
+
+    None of more than eight: a part of large tables is then small enough for the compiler to stream it in order of ids.
+    """
+    return 40_000_000 * chips if chips <= 8 else 0
 
 
 def _tpu() -> Device:
