@@ -110,7 +110,7 @@ class _DotProducts(torch.autograd.Function):
         square_BVV = _columns(grads[0], columns).view(vectors_BVD.shape[0], vectors_BVD.shape[1], -1)
         if square_BVV.device.type == "cpu":
             square_BVV.diagonal(dim1=1, dim2=2).zero_()
-        else:  # as part of what reads it
+        else:  # which XLA does within what reads it
             square_BVV = torch.where(columns.view(square_BVV.shape[1:]) > 0, square_BVV, 0)
         grads_BVD = torch.bmm(square_BVV, vectors_BVD.to(square_BVV.dtype))
         return grads[0][:, :dim] + grads_BVD[:, 0], grads_BVD[:, 1:], None, None, None

@@ -255,11 +255,10 @@ def _grouped(
 ) -> Iterator[tuple[Placement, list[RowTable]]]:
     groups: dict[tuple[Placement, int, torch.dtype, bool, object], list[RowTable]] = {}
     parts: dict[tuple[Placement, int, torch.dtype, bool], tuple[int, int]] = {}
-    near = _near(members, near_bytes)
+    near = _near([m for m in members if place(m.table) == "sparse"], near_bytes)
     for member in members:
         assert member.weight is not None, f"{member.table.name} is in a store already"
-        placement = place(member.table)
-        kind = (placement, member.table.dim, member.weight.dtype, placement == "sparse" and member in near)
+        kind = (place(member.table), member.table.dim, member.weight.dtype, member in near)
         if member.table.num_rows > MAX_STACK_ROWS:
             raise UserError(
                 f"table {member.table.name} has {member.table.num_rows:,} rows, but {MAX_STACK_ROWS:,} are the most "
@@ -280,8 +279,9 @@ def _grouped(
 def _near(members: Sequence[RowTable], most_bytes: int) -> set[RowTable]:
     """The smallest tables, as many as have so many bytes together."""
     found, total = set(), 0
-    for member in sorted(members, key=lambda m: m.table.num_rows * m.table.dim):
-        total += 4 * member.table.num_rows * member.table.dim
+    sizes = {m: m.weight.numel() * m.weight.element_size() for m in members if m.weight is not None}
+    for member, size in sorted(sizes.items(), key=lambda item: item[1]):
+        total += size
         if total > most_bytes:
             break
         found.add(member)

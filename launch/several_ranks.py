@@ -69,8 +69,8 @@ def _check_parts(config: Config, ranks: Ranks) -> None:
         "row_optimizer adam: FBGEMM has it on CUDA only; take sgd, adagrad or adagrad_element": (
             config.row_optimizer == "adam" and config.device == "cpu"
         ),
-        "placement, matmul_rows, dense_rows: take sharding": bool(config.placement)
-        or max(config.matmul_rows, config.dense_rows) > 0,
+        "placement, matmul_rows, dense_rows, near_bytes: take sharding": bool(config.placement)
+        or max(config.matmul_rows, config.dense_rows, config.near_bytes) > 0,
     }
     if found := [line for line, bad in refused.items() if bad]:
         raise UserError(f"with several ranks there is no {'; no '.join(found)}.")

@@ -209,3 +209,22 @@ def test_the_kernel_moves_and_issues_less_than_a_scatter(chip):
     assert temporary == 0
     assert issued < issued_by_scatter / 3
     assert copied < copied_by_scatter / 3
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
+def test_rows_on_the_chip_cost_what_their_programs_issue(chip):
+    """The time model's constants against the bundles that were counted; a line of 128 numbers a row."""
+    counted = json.loads((ROOT / "docs" / "tpu.json").read_text())["on_chip"]
+    found = tpu.find_chip(chip)
+
+    def cycles(seconds):
+        return seconds * found.clock_hz / 1000
+
+    by_order = counted[f"{chip} update 71162 43008"]
+    lookups = [counted[f"{chip} lookup {case}"]["gather_fusion"] for case in ("1070 28672", "71162 43008")]
+    assert cycles(tpu.near_lookup_seconds(found, 1000, 128)) == pytest.approx(max(lookups), abs=0.06)
+    small = counted[f"{chip} update 8960 28672"]["scatter_fusion"]
+    assert cycles(tpu.near_update_seconds(found, 1000, 128, is_sorted=False)) == pytest.approx(small, abs=0.06)
+    large = by_order["scatter_custom_fusion"]
+    assert cycles(tpu.near_update_seconds(found, 1000, 128, is_sorted=True)) == pytest.approx(large, abs=0.06)
+    assert cycles(tpu.sort_seconds(found, 1000)) == pytest.approx(by_order["sort"], abs=0.06)
