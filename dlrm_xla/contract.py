@@ -10,7 +10,7 @@ Shape suffixes used in the whole project:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -70,6 +70,63 @@ MakeBag = Callable[[Table], nn.Module]
 
 Plugin = Callable[Concatenate[Table, MakeBag, ...], nn.Module]
 """``def plugin(table, inner, *, option=default) -> nn.Module``; keyword-only arguments are its options."""
+
+
+class Wanted(NamedTuple):
+    """What a bag wants of one that it is around: bag(ids_BL, weights_BL), [B, D]."""
+
+    bag: nn.Module
+    ids_BL: Tensor
+    weights_BL: Tensor
+
+
+Computation = Generator[list[Wanted], list[Tensor], Tensor]
+"""Yields lists of what it wants, gets what was found each time, and returns out_BD."""
+
+
+class ComposedBag(nn.Module):
+    """A bag around others that says what it wants of them, so that a model looks up what all its bags want at once.
+
+    A plugin's bag may as well call the bags that it is around in a ``forward`` of its own: the same numbers, but a
+    lookup for each.
+    """
+
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
+        """What ``forward`` would compute, with a yield where that would call bags.
+
+            def compute(self, ids_BL, weights_BL):
+                narrow_BD, hot_BD = yield [Wanted(self.narrow, ids_BL, weights_BL), Wanted(self.hot, ...)]
+                return narrow_BD @ self.matrix + hot_BD
+
+        What does not depend on rows belongs into one list, for each list is a lookup of its own.
+        """
+        raise NotImplementedError
+
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        """The same by itself."""
+        computation = self.compute(ids_BL, weights_BL)
+        found: list[Tensor] | None = None
+        while True:
+            try:
+                wanted = computation.send(found)  # type: ignore[arg-type]
+            except StopIteration as end:
+                out_BD: Tensor = end.value
+                return out_BD
+            found = [want.bag(want.ids_BL, want.weights_BL) for want in wanted]
+
+
+class RedirectedBag(ComposedBag):
+    """A bag that is another one, ``bag``, at other ids and weights."""
+
+    bag: nn.Module
+
+    def redirect(self, ids_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and weights for ``bag``; as many or more a sample, the same number for each."""
+        raise NotImplementedError
+
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
+        (out_BD,) = yield [Wanted(self.bag, *self.redirect(ids_BL, weights_BL))]
+        return out_BD
 
 
 @runtime_checkable

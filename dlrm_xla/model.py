@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.rows import BagCollection
 
 # A CPU multiplies matrices faster whose inner dimension is a multiple of this.
 _CPU_COLUMNS = 16

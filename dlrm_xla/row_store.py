@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla import fbgemm_rows
+from dlrm_xla.bags import Arranged, BagCollection
 from dlrm_xla.config import Config, RowKernels
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device, RowAccess
@@ -20,7 +21,7 @@ from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_optim import DTYPES, RowSettings, StackOptimizer
-from dlrm_xla.rows import Arranged, BagCollection, Placement, RowFiles, RowStack, RowTable
+from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # Ids are int32, and a stack needs some past its end.
@@ -112,6 +113,11 @@ class RowStore:
         if not names:
             return
         sums_N = torch.cat([lookup.gradient_sums() for lookup in lookups])
+        runs = [(name, len(list(run))) for name, run in itertools.groupby(names)]
+        if (
+            len(runs) < len(names) and len({count for _, count in runs}) == 1
+        ):  # as of a table that each bag asks several times
+            names, sums_N = [name for name, _ in runs], sums_N.view(len(runs), -1).sum(1)
         if len(set(names)) < len(names):
             added: dict[str, Tensor] = {}
             for name, number in zip(names, sums_N.unbind(), strict=True):

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,13 @@ class Lookup(NamedTuple):
         """The leaf's gradient by slot, [B S, D]."""
         if self.pooled:
             if len(self.lengths) != self.ids_BS.shape[1]:
-                parts = zip(grad.unbind(1), self.lengths, strict=True)
-                grad = torch.cat([g_BD.unsqueeze(1).expand(-1, length, -1) for g_BD, length in parts], 1)
+                runs = equal_runs(self.lengths)
+                parts = torch.split(grad, [count for _, count in runs], 1)
+                slots = [
+                    part.unsqueeze(2).expand(-1, -1, length, -1).flatten(1, 2)
+                    for part, (length, _) in zip(parts, runs, strict=True)
+                ]
+                grad = slots[0] if len(slots) == 1 else torch.cat(slots, 1)
             grad = grad * weights_BS.unsqueeze(2)
         return grad.reshape(-1, grad.shape[2])
 
@@ -184,9 +189,18 @@ def pool(rows_ND: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:
     rows_BSD = rows_ND.view(*weights_BS.shape, -1) * weights_BS.unsqueeze(2)
     if len(lengths) == weights_BS.shape[1]:
         return rows_BSD
-    if len(lengths) == 1:
-        return rows_BSD.sum(1, keepdim=True)
-    return torch.stack([part_BLD.sum(1) for part_BLD in torch.split(rows_BSD, list(lengths), 1)], 1)
+    runs = equal_runs(lengths)
+    parts = torch.split(rows_BSD, [length * count for length, count in runs], 1)
+    pooled = [
+        part if length == 1 else part.reshape(-1, count, length, part.shape[2]).sum(2)
+        for part, (length, count) in zip(parts, runs, strict=True)
+    ]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled, 1)
+
+
+def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours of one length as (length, how many)."""
+    return [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
 
 
 class RowStack(nn.Module):
@@ -362,74 +376,3 @@ def matmul_parts(values: Tensor, device: Device) -> list[Tensor]:
         parts.append(head)
         values = values - head
     return [*parts, values]
-
-
-@runtime_checkable
-class Arranged(Protocol):
-    """A module around bags that wants to know the order in which they come."""
-
-    def arrange(self) -> None:
-        """Looks at `BagCollection.order`; called once the stacks are made."""
-
-
-class BagCollection(nn.ModuleList):
-    """The bags of a model, one per feature: (ids, weights) -> [B, F, D].
-
-    Exact tables of one stack are looked up together, in one gather. Their bags then lie side by side in it, and so they
-    are given in ``any_order``, that of ``order``; otherwise by feature, for which they are taken apart.
-    """
-
-    def __init__(self, bags: Sequence[nn.Module], any_order: bool = False) -> None:
-        super().__init__(bags)
-        self.any_order = any_order
-        self.order = list(range(len(bags)))
-        self._groups: list[_Group] = []
-        self._alone = self.order
-
-    def group(self) -> None:
-        """Finds the bags that are exact tables of one stack; called once the stacks are made."""
-        found: dict[RowStack, _Group] = {}
-        for position, bag in enumerate(self):
-            if isinstance(bag, RowTable) and bag.home is not None:
-                group = found.setdefault(bag.home.stack, _Group(bag.home.stack, [], [], []))
-                group.features.append(position)
-                group.names.append(bag.table.name)
-                group.bases.append(bag.home.base)
-        self._groups = list(found.values())
-        for number, group in enumerate(self._groups):
-            self.register_buffer(f"bases{number}", torch.tensor(group.bases, dtype=torch.int32), persistent=False)
-        together = [feature for group in self._groups for feature in group.features]
-        self._alone = [feature for feature in range(len(self)) if feature not in together]
-        if self.any_order:
-            self.order = together + self._alone
-
-    def forward(self, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        pooled = [self._looked_up(number, ids, weights) for number in range(len(self._groups))]
-        if self._alone:
-            pooled.append(torch.stack([self[f](ids[f], weights[f]) for f in self._alone], 1))
-        if len(pooled) == 1:
-            return pooled[0]
-        if self.any_order:
-            return torch.cat(pooled, 1)
-        outs = [out_BD for part_BFD in pooled for out_BD in part_BFD.unbind(1)]
-        together = [feature for group in self._groups for feature in group.features]
-        places = {feature: place for place, feature in enumerate(together + self._alone)}
-        return torch.stack([outs[places[feature]] for feature in range(len(self))], 1)
-
-    def _looked_up(self, number: int, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        stack, features, names, _ = self._groups[number]
-        bases_F = self.get_buffer(f"bases{number}")
-        lengths = [ids[f].shape[1] for f in features]
-        if all(length == 1 for length in lengths):
-            ids_BS = torch.cat([ids[f] for f in features], 1) + bases_F
-        else:
-            ids_BS = torch.cat([ids[f] + bases_F[k] for k, f in enumerate(features)], 1)
-        weights_BS = torch.cat([weights[f] for f in features], 1)
-        return stack.look_up(ids_BS, weights_BS, lengths, names, self.training)
-
-
-class _Group(NamedTuple):
-    stack: RowStack
-    features: list[int]
-    names: list[str]
-    bases: list[int]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dlrm_xla.contract import ComposedBag, Computation, RedirectedBag
 from dlrm_xla.devices import Device
 from dlrm_xla.xla_spmd import Mesh
 from dlrm_xla.xla_steps import RecordedStep, tensors_in
@@ -182,10 +183,13 @@ def plain_text(results: list[Tensor]) -> str:
 
 @contextmanager
 def _scopes(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Names operations after the module at work: in forward by its hooks, in backward by those of its tensors."""
+    """Names operations after the module at work: in forward by its hooks, in backward by those of its tensors.
+
+    A `ComposedBag` works in turns, between which others do.
+    """
     names = {id(module): name for name, module in modules.items()}
     scopes = _Scopes()
-    steps: dict[str, Any] = {}
+    instead: dict[tuple[nn.Module, str], Callable[..., Any]] = {}
 
     def enter(module: nn.Module, inputs: Any) -> None:
         if id(module) in names:
@@ -202,19 +206,38 @@ def _scopes(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     def backward(module: nn.Module) -> str:
         return f"{names[id(module)]} backward"
 
+    def in_turns(module: ComposedBag, compute: Callable[..., Computation], *args: Tensor) -> Computation:
+        computation = compute(*args)
+        found: list[Tensor] | None = None
+        while True:
+            try:
+                wanted = scopes.inside(names[id(module)], computation.send, found)
+            except StopIteration as end:
+                out_BD: Tensor = end.value
+                if out_BD.requires_grad:
+                    _before_any([out_BD], partial(scopes.enter_backward, backward(module)))
+                return out_BD
+            found = yield wanted
+            _after_all([t for t in found if t.requires_grad], partial(scopes.leave, backward(module)))
+
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     for name, module in modules.items():
-        if not hasattr(module, "step"):  # an optimizer
-            continue
-        steps[name] = module.step
-        module.step = partial(scopes.inside, name, steps[name])  # type: ignore[assignment]
+        # What is called without the module: an optimizer's step, and what a bag says that it wants.
+        if callable(step := getattr(module, "step", None)):
+            instead[module, "step"] = partial(scopes.inside, name, step)
+        if isinstance(module, RedirectedBag):
+            instead[module, "redirect"] = partial(scopes.inside, name, module.redirect)
+        elif isinstance(module, ComposedBag):
+            instead[module, "compute"] = partial(in_turns, module, module.compute)
+    for (module, attribute), call in instead.items():
+        setattr(module, attribute, call)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for name in steps:
-            del modules[name].step
+        for module, attribute in instead:
+            delattr(module, attribute)
 
 
 # Not `register_multi_grad_hook`, which keeps a leaf's gradient alive.

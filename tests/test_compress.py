@@ -118,7 +118,7 @@ def test_shared_rows_are_least_squares(weight, lookups, spec, weighted):
 @pytest.mark.parametrize("spec", ["count_sketch:rows=40", "double_hash:rows=40"])
 def test_sketches_are_least_squares(weight, lookups, spec, weighted):
     bag = _fitted(spec, weight, lookups if weighted else None)
-    places, factors = bag._slots(torch.arange(ROWS, dtype=torch.int32).unsqueeze(1), torch.ones(ROWS, 1))
+    places, factors = bag.redirect(torch.arange(ROWS, dtype=torch.int32).unsqueeze(1), torch.ones(ROWS, 1))
     design = np.zeros((ROWS, 40))
     for k in range(places.shape[1]):
         np.add.at(design, (np.arange(ROWS), places[:, k].numpy()), factors[:, k].numpy())

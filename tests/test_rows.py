@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlrm_xla import fbgemm_rows, row_store
+from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.row_optim import RowSettings, combine_duplicates, combine_lookups, round_stochastically
 from dlrm_xla.row_store import RowStore
-from dlrm_xla.rows import BagCollection, Lookup, RowFiles, RowTable
+from dlrm_xla.rows import Lookup, RowFiles, RowTable
 
 ROWS, DIM, BATCH = (50, 7, 31), 6, 16
 LENGTHS = (4, 1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.directions import top_directions
 
@@ -41,7 +41,7 @@ def frequency_bands(table: Table, inner: MakeBag, *, full_rows: int = 64, width:
     return BandsBag(table, inner, full_rows, width)
 
 
-class BandsBag(nn.Module):
+class BandsBag(ComposedBag):
     """(ids_BL, weights_BL) -> out_BD; the shared rows C lie behind the widest band's."""
 
     def __init__(self, table: Table, inner: MakeBag, full_rows: int, width: int) -> None:
@@ -62,14 +62,16 @@ class BandsBag(nn.Module):
         )
         self.matrices = nn.ParameterList(torch.empty(d, table.dim).normal_(std=1 / math.sqrt(d)) for d in widths[1:])
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         is_full_BL = ids_BL < self.ends[0]
         # Full rows and shared ones are slots of one bag.
         slots_BS = torch.cat([torch.where(is_full_BL, ids_BL, 0), self.ends[0] + self.band(ids_BL)], 1)
-        out_BD: Tensor = self.bags[0](slots_BS, torch.cat([weights_BL * is_full_BL, weights_BL], 1))
-        for k, matrix in enumerate(self.matrices, 1):
-            here_BL = (ids_BL >= self.starts[k]) & (ids_BL < self.ends[k])
-            narrow_BD: Tensor = self.bags[k](torch.where(here_BL, ids_BL - self.starts[k], 0), weights_BL * here_BL)
+        wanted = [Wanted(self.bags[0], slots_BS, torch.cat([weights_BL * is_full_BL, weights_BL], 1))]
+        for bag, start, end in zip(self.bags[1:], self.starts[1:], self.ends[1:], strict=True):
+            here_BL = (ids_BL >= start) & (ids_BL < end)
+            wanted.append(Wanted(bag, torch.where(here_BL, ids_BL - start, 0), weights_BL * here_BL))
+        out_BD, *narrow = yield wanted
+        for narrow_BD, matrix in zip(narrow, self.matrices, strict=True):
             out_BD = out_BD + narrow_BD @ matrix
         return out_BD
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
 from dlrm_xla.ids import divide_ids
 
 
@@ -69,7 +70,7 @@ def _compositional(table: Table, inner: MakeBag, radices: list[int], op: str) ->
     return CompositionalBag(dict(zip(names, bags, strict=True)), radices, multiply=multiply)
 
 
-class CompositionalBag(nn.Module):
+class CompositionalBag(ComposedBag):
     """out_b = sum_l w[b, l] (Q[i // c] op R_1[j_1] op ...), i = ids[b, l], c the product of ``radices``."""
 
     def __init__(self, bags: dict[str, nn.Module], radices: list[int], *, multiply: bool) -> None:
@@ -80,7 +81,7 @@ class CompositionalBag(nn.Module):
         self.radices = radices
         self.multiply = multiply
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         parts = []
         quotients_BL = ids_BL
         for radix in self.radices:
@@ -89,12 +90,15 @@ class CompositionalBag(nn.Module):
         parts.insert(0, quotients_BL)
         bags = [self.get_submodule(name) for name in self.names]
         if not self.multiply:
-            out_BD: Tensor = sum(bag(part, weights_BL) for bag, part in zip(bags, parts, strict=True))
-            return out_BD
+            added = yield [Wanted(bag, part, weights_BL) for bag, part in zip(bags, parts, strict=True)]
+            return torch.stack(added).sum(0)
         # A bag of one slot gives the row itself, which is what must be multiplied.
         weights_N1 = weights_BL.reshape(-1, 1)
         ones_N1 = torch.ones_like(weights_N1)
-        rows_ND: Tensor = bags[0](parts[0].reshape(-1, 1), weights_N1)
-        for bag, part in zip(bags[1:], parts[1:], strict=True):
-            rows_ND = rows_ND * bag(part.reshape(-1, 1), ones_N1)
+        weights = [weights_N1, *[ones_N1] * len(self.radices)]
+        factors = yield [
+            Wanted(bag, part.reshape(-1, 1), weight_N1)
+            for bag, part, weight_N1 in zip(bags, parts, weights, strict=True)
+        ]
+        rows_ND = functools.reduce(torch.mul, factors)
         return rows_ND if ids_BL.shape[1] == 1 else rows_ND.view(*ids_BL.shape, -1).sum(1)

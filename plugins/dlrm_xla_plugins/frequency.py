@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.hashing import MappedIds
@@ -55,7 +55,7 @@ def hot_cold(table: Table, inner: MakeBag, *, hot: int = 1000) -> nn.Module:
     return HotColdBag(RowTable(exact), inner(rest), hot)
 
 
-class HotColdBag(nn.Module):
+class HotColdBag(ComposedBag):
     """Sum of the hot ids' bag and the cold ids' bag; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, hot_bag: nn.Module, cold_bag: nn.Module, hot: int) -> None:
@@ -64,10 +64,12 @@ class HotColdBag(nn.Module):
         self.cold_bag = cold_bag
         self.hot = hot
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         is_hot_BL = ids_BL < self.hot
-        hot_BD: Tensor = self.hot_bag(torch.where(is_hot_BL, ids_BL, 0), weights_BL * is_hot_BL)
-        cold_BD: Tensor = self.cold_bag(torch.where(is_hot_BL, 0, ids_BL - self.hot + 1), weights_BL * ~is_hot_BL)
+        hot_BD, cold_BD = yield [
+            Wanted(self.hot_bag, torch.where(is_hot_BL, ids_BL, 0), weights_BL * is_hot_BL),
+            Wanted(self.cold_bag, torch.where(is_hot_BL, 0, ids_BL - self.hot + 1), weights_BL * ~is_hot_BL),
+        ]
         return hot_BD + cold_BD
 
     def set_table(self, rows: TrainedRows) -> None:

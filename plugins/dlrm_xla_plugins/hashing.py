@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MAX_ROWS, MakeBag, Table, sized
+from dlrm_xla.contract import MAX_ROWS, ComposedBag, Computation, MakeBag, RedirectedBag, Table, Wanted, sized
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
 
@@ -44,7 +44,7 @@ def hash_rows(
     return MappedIds(inner(shorter), rows, hashed, hashes.sign if method == "signed" else None)
 
 
-class MappedIds(nn.Module):
+class MappedIds(RedirectedBag):
     """A bag over a table whose ids are computed from the feature's ids, and a factor of each row too."""
 
     def __init__(
@@ -60,11 +60,10 @@ class MappedIds(nn.Module):
         self.mapping = mapping
         self.factor = factor
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def redirect(self, ids_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
         if self.factor is not None:
             weights_BL = weights_BL * self.factor(ids_BL)
-        out_BD: Tensor = self.bag(self.mapping(ids_BL), weights_BL)
-        return out_BD
+        return self.mapping(ids_BL), weights_BL
 
     def set_table(self, rows: TrainedRows) -> None:
         """A shared row is the mean of the rows that it stands for, by lookups: of all, the least squared error."""
@@ -116,7 +115,7 @@ def count_sketch(table: Table, inner: MakeBag, *, rows: int = 2000, hashes: int 
     return SketchBag(inner(shorter), rows, hot=0, num_hashes=hashes, signed=True)
 
 
-class SketchBag(nn.Module):
+class SketchBag(RedirectedBag):
     """Ids below ``hot`` have a row of their own, the others a sum of ``num_hashes`` shared rows, over its root."""
 
     def __init__(self, bag: nn.Module, rows: int, *, hot: int, num_hashes: int, signed: bool) -> None:
@@ -133,11 +132,7 @@ class SketchBag(nn.Module):
         ]
         self.num_hashes = num_hashes
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        out_BD: Tensor = self.bag(*self._slots(ids_BL, weights_BL))
-        return out_BD
-
-    def _slots(self, ids_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def redirect(self, ids_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Places of all rows that a bag sums, and their factors: [B, L k] each."""
         places, weights = [], []
         cold_BL = (ids_BL >= self.hot).to(weights_BL.dtype)
@@ -167,7 +162,7 @@ class SketchBag(nn.Module):
             total = torch.zeros(self.rows, width)
             for start, block in rows.blocks():
                 ids = torch.arange(start, start + len(block), dtype=torch.int32).unsqueeze(1)
-                places, factors = self._slots(ids, torch.ones(len(block), 1))
+                places, factors = self.redirect(ids, torch.ones(len(block), 1))
                 found = apply(block, places.long(), factors) * rows.weights(start, len(block)).view(-1, 1, 1)
                 for k in range(places.shape[1]):
                     total.index_add_(0, places[:, k].long(), found[:, k] * factors[:, k : k + 1])
@@ -245,7 +240,7 @@ def _bucket_of(kind: str, rows: int, seed: int) -> Callable[[Tensor], Tensor]:
     return (lambda ids: ids % rows) if kind == "mod" else (lambda ids: hashes.bucket(ids, rows, seed))
 
 
-class WeightedRowsBag(nn.Module):
+class WeightedRowsBag(ComposedBag):
     """out_b = sum_l w[b, l] sum_k p[i, k] B[h_k(i)], i = ids[b, l]."""
 
     def __init__(self, shared: nn.Module, own: nn.Module, mappings: list[Callable[[Tensor], Tensor]]) -> None:
@@ -254,12 +249,12 @@ class WeightedRowsBag(nn.Module):
         self.own = own
         self.mappings = mappings
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         # A bag of one slot gives the row itself, times its weight.
-        own_NK: Tensor = self.own(ids_BL.reshape(-1, 1), weights_BL.reshape(-1, 1))
+        (own_NK,) = yield [Wanted(self.own, ids_BL.reshape(-1, 1), weights_BL.reshape(-1, 1))]
         weights_BLK = own_NK.view(*ids_BL.shape, len(self.mappings))
         places_BLK = torch.stack([mapping(ids_BL) for mapping in self.mappings], 2)
-        out_BD: Tensor = self.shared(places_BLK.flatten(1), weights_BLK.flatten(1))
+        (out_BD,) = yield [Wanted(self.shared, places_BLK.flatten(1), weights_BLK.flatten(1))]
         return out_BD
 
 
@@ -284,7 +279,7 @@ def robe(table: Table, inner: MakeBag, *, blocks: int = 4000, width: int = 4) ->
     return BlocksBag(inner(array), blocks, -(-table.dim // width), table.dim)
 
 
-class BlocksBag(nn.Module):
+class BlocksBag(ComposedBag):
     """Concatenation of signed, pooled blocks; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, bag: nn.Module, blocks: int, num_parts: int, dim: int) -> None:
@@ -294,9 +289,9 @@ class BlocksBag(nn.Module):
         self.num_parts = num_parts
         self.dim = dim
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        parts = [
-            self.bag(hashes.bucket(ids_BL, self.blocks, k), weights_BL * hashes.sign(ids_BL, k))
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
+        parts = yield [
+            Wanted(self.bag, hashes.bucket(ids_BL, self.blocks, k), weights_BL * hashes.sign(ids_BL, k))
             for k in range(self.num_parts)
         ]
         return torch.cat(parts, 1)[:, : self.dim]

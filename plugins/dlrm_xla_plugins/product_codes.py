@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.clusters import cluster
@@ -34,7 +34,7 @@ def pq(table: Table, inner: MakeBag, *, bits: int = 4, width: int = 2) -> nn.Mod
     return ProductBag(bag, table, bits, width)
 
 
-class ProductBag(nn.Module):
+class ProductBag(ComposedBag):
     """Weighted sum of rows put together from centroids; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, bag: nn.Module, table: Table, bits: int, width: int) -> None:
@@ -46,10 +46,10 @@ class ProductBag(nn.Module):
         self.parts = -(-table.dim // width)
         self.centroids = nn.Parameter(torch.empty(self.parts, 2**bits, width).normal_(std=table.start_std))
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
         weights_N1 = weights_BL.reshape(-1, 1)
-        rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))
+        (rows_ND,) = yield [Wanted(self.bag, ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))]
         chosen_ND = self._nearest(rows_ND.detach())
         # Worth the centroid; its gradient goes to the centroid and to the row.
         both_ND = chosen_ND + (rows_ND - rows_ND.detach())

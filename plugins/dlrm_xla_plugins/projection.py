@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.directions import top_directions
 
@@ -76,7 +76,7 @@ def srht(table: Table, inner: MakeBag, *, dim: int = 4) -> nn.Module:
     return ProjectedBag(inner(narrow), matrix)
 
 
-class ProjectedBag(nn.Module):
+class ProjectedBag(ComposedBag):
     """out_BD = bag(ids, weights) P: the sum of a bag is projected once, which is the same by linearity.
 
     P [d, D] is trained where it is a parameter, and fixed where it is not. ``directions`` finds a trained one for a
@@ -96,9 +96,9 @@ class ProjectedBag(nn.Module):
         else:
             self.register_buffer("matrix", matrix)
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        out_BD: Tensor = self.bag(ids_BL, weights_BL) @ self.matrix
-        return out_BD
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
+        (narrow_BD,) = yield [Wanted(self.bag, ids_BL, weights_BL)]
+        return narrow_BD @ self.matrix
 
     def set_table(self, rows: TrainedRows) -> None:
         """A trained P becomes what ``directions`` finds; narrow rows are those of least squares, W P^+.

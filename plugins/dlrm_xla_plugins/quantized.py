@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 
@@ -50,7 +50,7 @@ def _quantized(table: Table, inner: MakeBag, bits: int) -> nn.Module:
     return QuantizedBag(bag, table, bits)
 
 
-class QuantizedBag(nn.Module):
+class QuantizedBag(ComposedBag):
     """Weighted sum of rows that are rounded to 2^bits levels; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, bag: nn.Module, table: Table, bits: int) -> None:
@@ -59,11 +59,11 @@ class QuantizedBag(nn.Module):
         self.table = table
         self.bits = bits
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
         weights_N1 = weights_BL.reshape(-1, 1)
         real_N1 = (weights_N1 != 0).to(weights_BL.dtype)
-        rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), real_N1)
+        (rows_ND,) = yield [Wanted(self.bag, ids_BL.reshape(-1, 1), real_N1)]
         codes_ND, scales_N1 = quantize(rows_ND.detach(), self.bits)
         rounded_ND = rows_ND + (dequantize(codes_ND, scales_N1) - rows_ND).detach()
         return (rounded_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import MakeBag, Table, sized
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, RedirectedBag, Table, Wanted, sized
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
@@ -44,7 +44,7 @@ def prune(table: Table, inner: MakeBag, *, kept: int = 4) -> nn.Module:
     return PrunedBag(bag, table, kept)
 
 
-class PrunedBag(nn.Module):
+class PrunedBag(ComposedBag):
     """Weighted sum of rows with ``kept`` numbers each; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, bag: nn.Module, table: Table, kept: int) -> None:
@@ -53,10 +53,10 @@ class PrunedBag(nn.Module):
         self.table = table
         self.kept = kept
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def compute(self, ids_BL: Tensor, weights_BL: Tensor) -> Computation:
         # A bag of one slot of weight 1 gives the row itself. Padded slots must not count as looked up, hence their 0.
         weights_N1 = weights_BL.reshape(-1, 1)
-        rows_ND: Tensor = self.bag(ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))
+        (rows_ND,) = yield [Wanted(self.bag, ids_BL.reshape(-1, 1), (weights_N1 != 0).to(weights_BL.dtype))]
         kept_ND = rows_ND + (self._pruned(rows_ND.detach()) - rows_ND).detach()
         return (kept_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
 
@@ -98,7 +98,7 @@ def dedup(table: Table, inner: MakeBag, *, rows: int = 2000) -> nn.Module:
     return MergedBag(inner(shorter), table, rows)
 
 
-class MergedBag(nn.Module):
+class MergedBag(RedirectedBag):
     """A bag over the rows that a stored map gives; (ids_BL, weights_BL) -> out_BD."""
 
     map: Tensor
@@ -112,10 +112,9 @@ class MergedBag(nn.Module):
         hashed = torch.where(ids < rows - 1, ids, 1 + hashes.bucket(ids, rows - 1))
         self.register_buffer("map", hashed.to(torch.int16))
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    def redirect(self, ids_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
         places_N = self.map.index_select(0, ids_BL.reshape(-1)).to(torch.int32)
-        out_BD: Tensor = self.bag(places_N.view(ids_BL.shape), weights_BL)
-        return out_BD
+        return places_N.view(ids_BL.shape), weights_BL
 
     def set_table(self, rows: TrainedRows) -> None:
         """Rows that are alike become one by k-means, on a sample where there are many; id 0 keeps its own row."""
