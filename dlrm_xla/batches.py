@@ -41,20 +41,37 @@ class PackedBatch(NamedTuple):
         return [PackedBatch(d, i, y, w, self.lengths) for d, i, y, w in zip(*pieces, strict=True)]
 
 
-def unpack(packed: PackedBatch, bag_lengths: Sequence[int]) -> Batch:
-    """Splits ids and weights by feature; slots of a padded sample, or that a bag does not fill, get weight 0."""
+def arranged(packed: PackedBatch, bag_lengths: Sequence[int], order: Sequence[int]) -> PackedBatch:
+    """The same batch with its features in another order, side by side as ``order`` names them."""
+    lengths = packed.lengths or bag_lengths
+    slots = torch.arange(sum(lengths)).split(list(lengths))  # type: ignore[no-untyped-call]
+    columns = torch.cat([slots[feature] for feature in order])
+    return packed._replace(
+        ids_BS=packed.ids_BS.index_select(1, columns),
+        weights_BS=None if packed.weights_BS is None else packed.weights_BS.index_select(1, columns),
+        lengths=None if packed.lengths is None else tuple(packed.lengths[feature] for feature in order),
+    )
+
+
+def unpack(packed: PackedBatch, bag_lengths: Sequence[int], order: Sequence[int] | None = None) -> Batch:
+    """Splits ids and weights by feature; slots of a padded sample, or that a bag does not fill, get weight 0.
+
+    ``order``: that of an ``arranged`` batch. ``bag_lengths`` and the result are by feature.
+    """
+    order = range(len(bag_lengths)) if order is None else order
+    lengths = list(packed.lengths or [bag_lengths[feature] for feature in order])
     real_B1 = (packed.labels_B >= 0).to(packed.dense_BI.dtype).unsqueeze(1)
+    ids_BS, weights_BS = packed.ids_BS, packed.weights_BS
     if packed.lengths is not None:
-        filled_BS = (packed.ids_BS >= 0).to(packed.dense_BI.dtype) * real_B1
-        ids = list(torch.split(packed.ids_BS.clamp(min=0), list(packed.lengths), dim=1))
-        weights = list(torch.split(filled_BS, list(packed.lengths), dim=1))
-        return Batch(packed.dense_BI, ids, weights, packed.labels_B)
-    ids = list(torch.split(packed.ids_BS, list(bag_lengths), dim=1))
-    if packed.weights_BS is None:
-        weights = [real_B1.expand(-1, length) for length in bag_lengths]
+        weights_BS = (ids_BS >= 0).to(packed.dense_BI.dtype)
+        ids_BS = ids_BS.clamp(min=0)
+    if weights_BS is None:
+        weights = [real_B1.expand(-1, length) for length in lengths]
     else:
-        weights = list(torch.split(packed.weights_BS * real_B1, list(bag_lengths), dim=1))
-    return Batch(packed.dense_BI, ids, weights, packed.labels_B)
+        weights = list(torch.split(weights_BS * real_B1, lengths, dim=1))
+    found = dict(zip(order, zip(torch.split(ids_BS, lengths, dim=1), weights, strict=True), strict=True))
+    ids_F, weights_F = zip(*(found[feature] for feature in range(len(found))), strict=True)
+    return Batch(packed.dense_BI, list(ids_F), list(weights_F), packed.labels_B)
 
 
 class Source(Protocol):

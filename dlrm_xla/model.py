@@ -52,19 +52,21 @@ def mlp(widths: Sequence[int], *, relu_last: bool, first: type[nn.Linear] = nn.L
 class DotInteraction(nn.Module):
     """Dense vector followed by the dot products of all pairs of vectors: [B, D], [B, F, D] -> [B, D + F(F+1)/2].
 
-    Pairs (i, j), j < i, row by row, without a vector's product with itself, the dense vector first. Zeros follow up to
-    a multiple of 16 columns: a CPU multiplies 2048 x 368 by 368 x 512 and back in 26.5 ms, 2048 x 367 in 33.6.
+    Pairs (i, j), j < i, row by row, without a vector's product with itself, the dense vector first. On a CPU zeros
+    follow up to a multiple of 16 columns: it multiplies 2048 x 368 by 368 x 512 and back in 26.5 ms, 2048 x 367 in
+    33.6.
     """
 
     pairs: Tensor
     columns: Tensor
+    different: Tensor
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         n = num_features + 1
         self.dim = dim
         self.out_width = dim + n * (n - 1) // 2
-        for name in ("pairs", "columns"):
+        for name in ("pairs", "columns", "different"):
             self.register_buffer(name, None, persistent=False)
         self.take_order(range(num_features))
 
@@ -80,10 +82,11 @@ class DotInteraction(nn.Module):
             columns[i, j] = columns[j, i] = self.dim + number
         self.pairs = torch.tensor([i * n + j for i, j in pairs], dtype=torch.int32)
         self.columns = columns.flatten()
+        self.different = columns > 0
 
     def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
-        padded = self.out_width + -self.out_width % _CPU_COLUMNS
-        result: Tensor = _DotProducts.apply(dense_BD, bags_BFD, self.pairs, self.columns, padded)  # type: ignore[no-untyped-call]
+        padded = self.out_width + (-self.out_width % _CPU_COLUMNS if dense_BD.device.type == "cpu" else 0)
+        result: Tensor = _DotProducts.apply(dense_BD, bags_BFD, self.pairs, self.columns, self.different, padded)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -96,24 +99,28 @@ class _DotProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dense_BD: Tensor, bags_BFD: Tensor, pairs: Tensor, columns: Tensor, padded: int) -> Tensor:
+    def forward(
+        ctx: Any, dense_BD: Tensor, bags_BFD: Tensor, pairs: Tensor, columns: Tensor, different: Tensor, padded: int
+    ) -> Tensor:
         vectors_BVD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
-        ctx.save_for_backward(vectors_BVD, columns)
+        ctx.save_for_backward(vectors_BVD, columns, different)
         pairs_BP = _columns(torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1), pairs)
-        zeros_BZ = pairs_BP.new_zeros(pairs_BP.shape[0], padded - dense_BD.shape[1] - pairs_BP.shape[1])
-        return torch.cat([dense_BD, pairs_BP, zeros_BZ], dim=1)
+        parts = [dense_BD, pairs_BP]
+        if zeros := padded - dense_BD.shape[1] - pairs_BP.shape[1]:
+            parts.append(pairs_BP.new_zeros(pairs_BP.shape[0], zeros))
+        return torch.cat(parts, dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        vectors_BVD, columns = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        vectors_BVD, columns, different = ctx.saved_tensors
         dim = vectors_BVD.shape[2]
         square_BVV = _columns(grads[0], columns).view(vectors_BVD.shape[0], vectors_BVD.shape[1], -1)
         if square_BVV.device.type == "cpu":
             square_BVV.diagonal(dim1=1, dim2=2).zero_()
         else:  # which XLA does within what reads it
-            square_BVV = torch.where(columns.view(square_BVV.shape[1:]) > 0, square_BVV, 0)
+            square_BVV = torch.where(different, square_BVV, 0)
         grads_BVD = torch.bmm(square_BVV, vectors_BVD.to(square_BVV.dtype))
-        return grads[0][:, :dim] + grads_BVD[:, 0], grads_BVD[:, 1:], None, None, None
+        return grads[0][:, :dim] + grads_BVD[:, 0], grads_BVD[:, 1:], None, None, None, None
 
 
 def _columns(x_BN: Tensor, columns_K: Tensor) -> Tensor:

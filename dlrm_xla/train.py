@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dlrm_xla import checkpoint
-from dlrm_xla.batches import PackedBatch, Source, unpack
+from dlrm_xla.batches import PackedBatch, Source, arranged, unpack
 from dlrm_xla.config import Config
 from dlrm_xla.contract import Refreshed
 from dlrm_xla.dense_optim import dense_optimizer
@@ -98,6 +98,7 @@ class Steps:
         own = {name for name, _ in model.bags.named_parameters(prefix="bags")}
         self.model = device.place(model)
         self._run = self.rows.runner(model)
+        self._order = None if model.bags.order == sorted(model.bags.order) else model.bags.order
         # Cores and codebooks start small and must grow to the size of trained rows: their rate is one of their own.
         groups = [
             ([p for n, p in self.model.named_parameters() if n not in own], config.dense_lr),
@@ -114,14 +115,20 @@ class Steps:
     def train(self, packed: PackedBatch, step: int) -> None:
         """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
         self._check_ids(packed, f"training step {step + 1}")
+        packed = self._arranged(packed)
         run = self._graph(self._train_step, "train", packed)
         run(packed.sent(self.device.send), rate=learning_rate_factor(self.config, step))
 
     def evaluate(self, packed: PackedBatch) -> Tensor:
         """Logits of one batch, float32, still on the device."""
         self._check_ids(packed, "evaluation")
+        packed = self._arranged(packed)
         logits_B: Tensor = self._graph(self._evaluation_step, "evaluation", packed)(packed.sent(self.device.send))
         return logits_B
+
+    def _arranged(self, packed: PackedBatch) -> PackedBatch:
+        """Features side by side as bags come: on the host, where it costs nothing but a copy of the ids."""
+        return packed if self._order is None else arranged(packed, self.bag_lengths, self._order)
 
     def _graph(self, step: Callable[..., Any], name: str, packed: PackedBatch) -> Callable[..., Any]:
         key = name, packed.lengths
@@ -186,7 +193,7 @@ class Steps:
         return float(loss / count) if count else math.nan
 
     def _logits(self, packed: PackedBatch) -> Tensor:
-        batch = unpack(packed, self.bag_lengths)
+        batch = unpack(packed, self.bag_lengths, self._order)
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.torch_device.type, torch.bfloat16, enabled=bf16):
             logits_B: Tensor = self._run(batch.dense_BI, batch.ids, batch.weights)

@@ -291,7 +291,7 @@ def test_a_small_model_compiles_for_a_chip(chip, plugin, tmp_path, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chip", "near_bytes", "cycles", "ms"),
-    [("v5e", 0, 450_000, 2.9), ("v5e", -1, 490_000, 1.4), ("v6e", -1, 320_000, 1.1)],
+    [("v5e", 0, 430_000, 2.9), ("v5e", -1, 450_000, 1.4), ("v6e", -1, 290_000, 1.1)],
 )
 def test_the_kaggle_step_keeps_to_its_cycles(chip, near_bytes, cycles, ms, tmp_path, capsys):
     """A change of a line elsewhere may cost a tenth of them by another layout, and nothing else would tell."""

@@ -6,7 +6,7 @@ import torch
 from conftest import needs_xla
 
 from dlrm_xla import checkpoint
-from dlrm_xla.batches import PackedBatch
+from dlrm_xla.batches import PackedBatch, arranged, unpack
 from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
@@ -158,3 +158,20 @@ def test_small_tables_in_an_array_of_their_own_train_alike(device):
     assert found[0][1].keys() == found[1][1].keys()
     for name, rows in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], rows, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted", "lengths of this batch"])
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0]])
+def test_features_that_travel_in_another_order_arrive_by_feature(kind, order):
+    packed = _batch(0)
+    lengths = (2, 1, 3) if kind == "lengths of this batch" else None
+    weights_BS = torch.rand(8, sum(BAGS)) if kind == "weighted" else None
+    packed = packed._replace(weights_BS=weights_BS, lengths=lengths)
+    sent = arranged(packed, BAGS, order)
+    first = (lengths or BAGS)[order[0]]
+    start = sum((lengths or BAGS)[: order[0]])
+    torch.testing.assert_close(sent.ids_BS[:, :first], packed.ids_BS[:, start : start + first])
+    expected, found = unpack(packed, BAGS), unpack(sent, BAGS, order)
+    assert [i.shape[1] for i in found.ids] == list(lengths or BAGS)
+    for ours, theirs in zip((*found.ids, *found.weights), (*expected.ids, *expected.weights), strict=True):
+        torch.testing.assert_close(ours, theirs)
