@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -212,7 +213,7 @@ def small(**settings):
 
 
 @needs_xla
-@pytest.mark.parametrize("plugin", ["exact", "tensorly_tt"])
+@pytest.mark.parametrize("plugin", ["exact", "tensorly_tt", "quotient_remainder", "hash_embeddings"])
 def test_traced_on_shapes_is_what_a_step_runs(plugin):
     """The same module, text for text, as from a model with rows and weights."""
     from dataclasses import replace
@@ -245,6 +246,10 @@ def test_traced_on_shapes_is_what_a_step_runs(plugin):
     assert "index_select" not in train.text
     assert "stablehlo.scatter" in train.text
     assert train.text == texts[0]
+    if plugin == "quotient_remainder":  # what bags do in turns is named after each, what they have looked up is not
+        assert re.search(rb"bags\.0\.\d+/aten__remainder", train.artifact)
+        assert re.search(rb"bags\.2 backward\.\d+/aten__mul", train.artifact)
+        assert re.search(rb"bags\.\d+/aten__index_select", train.artifact)
 
 
 @needs_xla
