@@ -40,7 +40,6 @@ class BagCollection(nn.ModuleList):
         self._groups: list[_Group] = []
         self._alone = self.order
         self._grouped = False
-        self._bases: dict[tuple[int, ...], Tensor] = {}
 
     def group(self) -> None:
         """Finds the bags that come from tables of one stack; called once the stacks are made."""
@@ -102,12 +101,10 @@ class BagCollection(nn.ModuleList):
             rounds.ask(want, partial(found.__setitem__, k))
         while rounds.waiting:
             for (stack, _, _), lookups in rounds.take().items():
-                bases = tuple(lookup.base for lookup in lookups)
-                device = lookups[0].ids_BL.device
-                if bases not in self._bases or self._bases[bases].device != device:
-                    self._bases[bases] = torch.tensor(bases, dtype=torch.int32).to(device)
-                ids, weights, names = zip(*((w.ids_BL, w.weights_BL, w.name) for w in lookups), strict=True)
-                bags_BFD = _look_up(stack, ids, weights, self._bases[bases], names, self.training)
+                tables, ids, weights, _ = zip(*lookups, strict=True)
+                bases_F = torch.cat([table.get_buffer("base") for table in tables])
+                names = [table.table.name for table in tables]
+                bags_BFD = _look_up(stack, ids, weights, bases_F, names, self.training)
                 for lookup, out_BD in zip(lookups, torch.split(bags_BFD.flatten(1), stack.dim, 1), strict=True):
                     lookup.deliver(out_BD)
         return [found[k] for k in range(len(wanted))]
@@ -149,8 +146,7 @@ class _Rounds:
         """Has ``deliver`` called with what is wanted, now or in a later round."""
         bag, ids_BL, weights_BL = wanted
         if isinstance(bag, RowTable) and bag.home is not None:
-            stack, base = bag.home
-            self.waiting.append(_Waiting(stack, base, bag.table.name, ids_BL, weights_BL, deliver))
+            self.waiting.append(_Waiting(bag, ids_BL, weights_BL, deliver))
         elif isinstance(bag, ComposedBag):
             self._go_on(bag.compute(ids_BL, weights_BL), None, deliver)
         else:
@@ -161,7 +157,8 @@ class _Rounds:
         found: dict[tuple[RowStack, int, bool], list[_Waiting]] = {}
         for waiting in self.waiting:
             # Weights that want gradients have rows be the leaf of autograd, for all of a lookup.
-            kind = (waiting.stack, len(waiting.ids_BL), waiting.weights_BL.requires_grad)
+            assert waiting.table.home is not None
+            kind = (waiting.table.home.stack, len(waiting.ids_BL), waiting.weights_BL.requires_grad)
             found.setdefault(kind, []).append(waiting)
         self.waiting = []
         return found
@@ -184,9 +181,7 @@ class _Rounds:
 
 
 class _Waiting(NamedTuple):
-    stack: RowStack
-    base: int
-    name: str
+    table: RowTable
     ids_BL: Tensor
     weights_BL: Tensor
     deliver: Callable[[Tensor], None]

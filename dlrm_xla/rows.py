@@ -249,6 +249,8 @@ class RowStack(nn.Module):
             # Given back one by one: the peak is the largest table above the stack, not twice the stack.
             member.weight = None
             member.home = Home(self, base)
+            # On the device too: made in a step, it would be one more input of the second trace of it.
+            member.register_buffer("base", torch.tensor([base], dtype=torch.int32), persistent=False)
         self.register_buffer("rows", array)
 
     def look_up(
