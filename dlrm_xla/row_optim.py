@@ -241,7 +241,8 @@ class StackOptimizer(nn.Module):
                 stack.device.rows.scatter(touched_R, ids_N, torch.ones_like(ids_N, dtype=touched_R.dtype), True)
             touched_R = touched_R[:-1] > 0
         old = self.states()
-        rows_RD, states = self._updated(stack.rows.float(), sums_RD, old, learning_rate, step)
+        change_RD, states = self._changes(stack.rows.float(), sums_RD, old, learning_rate, step)
+        rows_RD = stack.rows.float() + change_RD
         if not still:
             rows_RD = torch.where(touched_R.unsqueeze(1), rows_RD, stack.rows.float())
             states = [
@@ -253,13 +254,14 @@ class StackOptimizer(nn.Module):
         for number, (array, new) in enumerate(zip(old, states, strict=True), 1):
             array.copy_(self._rounded(new, array.dtype, ids_R, step, number, stack.device))
 
-    def _updated(
-        self, rows: Tensor, sums: Tensor, states: list[Tensor], learning_rate: float, step: Tensor
+    def _changes(
+        self, rows: Tensor | None, sums: Tensor, states: list[Tensor], learning_rate: float, step: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
+        """What is added to rows, and new states; ``rows`` matter to weight decay alone."""
         if self.settings.weight_decay:
+            assert rows is not None
             sums = sums + rows * self.settings.weight_decay
-        change, new = self.rule.update(sums, [s.float() for s in states], learning_rate, step, self.settings)
-        return rows + change, new
+        return self.rule.update(sums, [s.float() for s in states], learning_rate, step, self.settings)
 
     def _write(
         self,
@@ -273,9 +275,18 @@ class StackOptimizer(nn.Module):
         step: Tensor,
     ) -> None:
         """Updates rows and states of different ids; ``at_U`` are the same ids, cut off at the end for reading."""
-        rows_UD, *old = (access.gather(array, at_U, stack.dim) for array in arrays)
-        rows_UD, new = self._updated(rows_UD.float(), sums_UD, old, learning_rate, step)
-        for number, (array, values) in enumerate(zip(arrays, [rows_UD, *new], strict=True)):
+        # A compiled scatter adds as fast as it writes, so rows need not be read first; a CPU's is slower than both.
+        adds = access.static_shapes and arrays[0].dtype == torch.float32
+        reads = not adds or self.settings.weight_decay != 0
+        rows_UD = access.gather(arrays[0], at_U, stack.dim).float() if reads else None
+        old = [access.gather(array, at_U, stack.dim) for array in arrays[1:]]
+        change_UD, new = self._changes(rows_UD, sums_UD, old, learning_rate, step)
+        if adds:
+            access.scatter(arrays[0], ids_U, change_UD, True)
+        else:
+            assert rows_UD is not None
+            new = [rows_UD + change_UD, *new]
+        for number, (array, values) in enumerate(zip(arrays[adds:], new, strict=True), int(adds)):
             values = self._rounded(values, array.dtype, ids_U, step, number, stack.device)
             access.scatter(array, ids_U, values, False)
 
