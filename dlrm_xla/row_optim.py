@@ -6,80 +6,20 @@ ids: `unique` has a shape that depends on the data, and torch-xla runs it on the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.config import RowOptimizerName
 from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.row_rules import RULES, Lines, RowSettings
 from dlrm_xla.rows import Lookup, RowFiles, RowStack, matmul_parts, one_hot
 
-StateName = Literal["fp32", "bf16"]
+# A whole near array is updated where a step looks up more than one id to so many lines: sorting ids and writing single
+# states take some 24 ns an id, a pass over all rows some 2.5 ns a line, by the compiler's figures and the model on v5e.
+_LINES_PER_ID = 8
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """Numbers of a row optimizer. ``weight_decay`` is L2, added to the gradient of touched rows only."""
-
-    name: RowOptimizerName = "adagrad"
-    eps: float = 1e-8
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    state: StateName = "fp32"
-
-
-class Rule(NamedTuple):
-    """An optimizer for rows given with their whole gradients.
-
-    ``states`` says for each state whether it has one number per row or per element. ``update`` maps (gradients [U, D],
-    states, learning rate, step [1] from 1, settings) to (what is added to the rows, new states). ``still``: a row whose
-    gradient is zero stays as it is, state included.
-    """
-
-    states: tuple[Literal["row", "element"], ...]
-    update: Callable[[Tensor, list[Tensor], float, Tensor, RowSettings], tuple[Tensor, list[Tensor]]]
-    still: bool
-
-
-def _sgd(g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings) -> tuple[Tensor, list[Tensor]]:
-    return g * -lr, []
-
-
-def _adagrad(g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings) -> tuple[Tensor, list[Tensor]]:
-    sum_U = states[0] + g.square().mean(1)
-    return g * (-lr / (sum_U.sqrt() + s.eps)).unsqueeze(1), [sum_U]
-
-
-def _adagrad_element(
-    g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings
-) -> tuple[Tensor, list[Tensor]]:
-    sum_UD = states[0] + g.square()
-    return g * -lr / (sum_UD.sqrt() + s.eps), [sum_UD]
-
-
-def _adam(g: Tensor, states: list[Tensor], lr: float, step: Tensor, s: RowSettings) -> tuple[Tensor, list[Tensor]]:
-    # The second moment is the first state: torch_xla lets XLA pair donated buffers with results of the same shape in
-    # the order in which the graph meets them, and a pair that is crossed costs a copy of each.
-    first, second = s.betas
-    v_UD = states[0] * second + g.square() * (1 - second)
-    m_UD = states[1] * first + g * (1 - first)
-    # 1 - beta^t without the loss of digits that 1 - 0.999 has in float32
-    bias1, bias2 = (-torch.expm1(step * math.log(beta)) for beta in s.betas)
-    return m_UD * (-lr * bias2.sqrt() / bias1) / (v_UD.sqrt() + s.eps), [v_UD, m_UD]
-
-
-RULES: dict[str, Rule] = {
-    "sgd": Rule((), _sgd, still=True),
-    "adagrad": Rule(("row",), _adagrad, still=True),
-    "adagrad_element": Rule(("element",), _adagrad_element, still=True),
-    "adam": Rule(("element", "element"), _adam, still=False),
-}
 
 
 def combine_lookups(ids_N: Tensor, lookups: Sequence[Lookup], access: RowAccess) -> tuple[Tensor, Tensor]:
@@ -194,6 +134,11 @@ class StackOptimizer(nn.Module):
             return
         self._write(stack, access, [stack.rows, *self.states()], ids_U, ids_U, sums_UD, learning_rate, step)
 
+    def updates_all(self, stack: RowStack, num_ids: int, lines: int) -> bool:
+        """Whether a compiled step that looks up so many ids updates all rows of a near array of so many lines."""
+        plain = stack.rows.dtype == torch.float32 == DTYPES[self.settings.state]
+        return stack.near and plain and not self._only_adds(stack) and num_ids * _LINES_PER_ID > lines
+
     @property
     def _still(self) -> bool:
         return self.rule.still and self.settings.weight_decay == 0
@@ -220,6 +165,9 @@ class StackOptimizer(nn.Module):
             return
         if not self._still:
             ids_N = _without_padding(ids_N, weights, stack.end)
+        if self.updates_all(stack, len(ids_N), len(arrays[0])):
+            self._in_lines(stack, access, arrays, ids_N, grads_ND, learning_rate, step)
+            return
         ids_U, sums_UD = combine_duplicates(ids_N, grads_ND, stack.end + 1)
         self._write(stack, access, arrays, ids_U, ids_U.clamp(max=stack.num_rows - 1), sums_UD, learning_rate, step)
 
@@ -240,28 +188,70 @@ class StackOptimizer(nn.Module):
             if not still:
                 stack.device.rows.scatter(touched_R, ids_N, torch.ones_like(ids_N, dtype=touched_R.dtype), True)
             touched_R = touched_R[:-1] > 0
-        old = self.states()
-        change_RD, states = self._changes(stack.rows.float(), sums_RD, old, learning_rate, step)
-        rows_RD = stack.rows.float() + change_RD
-        if not still:
-            rows_RD = torch.where(touched_R.unsqueeze(1), rows_RD, stack.rows.float())
-            states = [
-                torch.where(touched_R.unsqueeze(1) if new.dim() > 1 else touched_R, new, before.float())
-                for new, before in zip(states, old, strict=True)
+        self._all(stack, [stack.rows, *self.states()], sums_RD, None if still else touched_R, learning_rate, step)
+
+    def _in_lines(
+        self,
+        stack: RowStack,
+        access: RowAccess,
+        arrays: Sequence[Tensor],
+        ids_N: Tensor,
+        grads_ND: Tensor,
+        learning_rate: float,
+        step: Tensor,
+    ) -> None:
+        """Adds gradients up in lines of zeros, then updates all rows.
+
+        No equal ids to bring together, and no state to read and write one by one.
+        """
+        sums_LW = torch.zeros_like(arrays[0])
+        access.scatter(sums_LW, ids_N, grads_ND, True)
+        touched_R = None
+        if not self._still:
+            touched_R = sums_LW.new_zeros(len(sums_LW) * stack.pack)
+            access.scatter(touched_R, ids_N, torch.ones_like(ids_N, dtype=touched_R.dtype), True)
+            touched_R = touched_R > 0
+        self._all(stack, arrays, sums_LW, touched_R, learning_rate, step, stack.pack)
+
+    def _all(
+        self,
+        stack: RowStack,
+        arrays: Sequence[Tensor],
+        sums_LW: Tensor,
+        touched_R: Tensor | None,
+        learning_rate: float,
+        step: Tensor,
+        pack: int = 1,
+    ) -> None:
+        """Updates all rows by gradients of all; ``touched_R`` where one without a gradient does not stay by itself."""
+        lines = Lines(pack, stack.dim, stack.device)
+        rows_LW, *old = (array.float() for array in arrays)
+        change_LW, new = self._changes(rows_LW, sums_LW, old, learning_rate, step, lines)
+        if touched_R is not None:
+            hit_LW = lines.spread(touched_R.float()) > 0.5
+            change_LW = torch.where(hit_LW, change_LW, 0)
+            new = [
+                torch.where(hit_LW if value.dim() > 1 else touched_R, value, before)
+                for value, before in zip(new, old, strict=True)
             ]
         ids_R = torch.arange(stack.num_rows, dtype=torch.int32, device=stack.rows.device)
-        stack.rows.copy_(self._rounded(rows_RD, stack.rows.dtype, ids_R, step, 0, stack.device))
-        for number, (array, new) in enumerate(zip(old, states, strict=True), 1):
-            array.copy_(self._rounded(new, array.dtype, ids_R, step, number, stack.device))
+        for number, (array, values) in enumerate(zip(arrays, [rows_LW + change_LW, *new], strict=True)):
+            array.copy_(self._rounded(values, array.dtype, ids_R, step, number, stack.device))
 
     def _changes(
-        self, rows: Tensor | None, sums: Tensor, states: list[Tensor], learning_rate: float, step: Tensor
+        self,
+        rows: Tensor | None,
+        sums: Tensor,
+        states: list[Tensor],
+        learning_rate: float,
+        step: Tensor,
+        lines: Lines,
     ) -> tuple[Tensor, list[Tensor]]:
         """What is added to rows, and new states; ``rows`` matter to weight decay alone."""
         if self.settings.weight_decay:
             assert rows is not None
             sums = sums + rows * self.settings.weight_decay
-        return self.rule.update(sums, [s.float() for s in states], learning_rate, step, self.settings)
+        return self.rule.update(sums, [s.float() for s in states], learning_rate, step, self.settings, lines)
 
     def _write(
         self,
@@ -280,7 +270,7 @@ class StackOptimizer(nn.Module):
         reads = not adds or self.settings.weight_decay != 0
         rows_UD = access.gather(arrays[0], at_U, stack.dim).float() if reads else None
         old = [access.gather(array, at_U, stack.dim) for array in arrays[1:]]
-        change_UD, new = self._changes(rows_UD, sums_UD, old, learning_rate, step)
+        change_UD, new = self._changes(rows_UD, sums_UD, old, learning_rate, step, Lines())
         if adds:
             access.scatter(arrays[0], ids_U, change_UD, True)
         else:

@@ -20,7 +20,8 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.ranks import ALONE, Ranks
-from dlrm_xla.row_optim import DTYPES, RowSettings, StackOptimizer
+from dlrm_xla.row_optim import DTYPES, StackOptimizer
+from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
@@ -55,9 +56,9 @@ class RowStore:
         self.device = device
         members = [(name, module) for name, module in model.named_modules() if isinstance(module, RowTable)]
         groups = list(_grouped([module for _, module in members], place, near_bytes))
-        self.stacks = [RowStack(tables, device, placement) for placement, tables in groups]
+        self.stacks = [RowStack(tables, device, placement, near) for placement, near, tables in groups]
         of_module = {module: f"{name}.weight".removeprefix(".") for name, module in members}
-        self._names = [[of_module[table] for table in tables] for _, tables in groups]
+        self._names = [[of_module[table] for table in tables] for *_, tables in groups]
         for module in model.modules():
             if isinstance(module, BagCollection):
                 module.group()
@@ -258,7 +259,7 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
 
 def _grouped(
     members: Sequence[RowTable], place: Callable[[Table], Placement], near_bytes: int = 0
-) -> Iterator[tuple[Placement, list[RowTable]]]:
+) -> Iterator[tuple[Placement, bool, list[RowTable]]]:
     groups: dict[tuple[Placement, int, torch.dtype, bool, object], list[RowTable]] = {}
     parts: dict[tuple[Placement, int, torch.dtype, bool], tuple[int, int]] = {}
     near = _near([m for m in members if place(m.table) == "sparse"], near_bytes)
@@ -278,8 +279,8 @@ def _grouped(
             part, rows = part + 1, 0
         parts[kind] = part, rows + member.table.num_rows
         groups.setdefault((*kind, part), []).append(member)
-    for (placement, *_), tables in groups.items():
-        yield placement, tables
+    for (placement, _, _, is_near, _), tables in groups.items():
+        yield placement, is_near, tables
 
 
 def _near(members: Sequence[RowTable], most_bytes: int) -> set[RowTable]:

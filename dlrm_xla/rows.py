@@ -214,11 +214,15 @@ class RowStack(nn.Module):
         sparse   gather; sort and segment sum over the ids looked up       cost: ids looked up
         dense    gather; sum into a gradient of all rows                   cost: rows
         matmul   one-hot times rows, and its transpose times gradients     cost: rows x ids, on the matrix unit
+
+    ``near``: so small that memory near the processor holds it whole (`dlrm_xla.devices.RowAccess.near_bytes`).
     """
 
     rows: Tensor
 
-    def __init__(self, tables: Sequence[RowTable], device: Device, placement: Placement = "sparse") -> None:
+    def __init__(
+        self, tables: Sequence[RowTable], device: Device, placement: Placement = "sparse", near: bool = False
+    ) -> None:
         super().__init__()
         widths = {t.table.dim for t in tables}
         if len(widths) != 1:
@@ -226,6 +230,7 @@ class RowStack(nn.Module):
         self.dim = widths.pop()
         self.device = device
         self.placement = placement
+        self.near = near
         self.tables = [t.table for t in tables]
         self.num_rows = sum(t.num_rows for t in self.tables)
         lines, width = lines_of(self.num_rows, self.dim, device.rows, placement)

@@ -100,19 +100,24 @@ def is_small(operation: Operation) -> bool:
 
 
 class Table(NamedTuple):
-    """An array of a model that may be large. ``sparse``: a step only touches some of its lines."""
+    """An array of a model that may be large.
+
+    ``sparse``: a step need only touch some of its lines. ``passed``: this one goes through all of them all the same,
+    for it is so small that this is faster.
+    """
 
     name: str
     dims: tuple[int, ...]
     sparse: bool
+    passed: bool = False
 
 
 def whole_table_copies(module: Module, tables: Sequence[Table]) -> list[tuple[Executed, Table]]:
     """Operations that write as many numbers as a table has, where the step need not.
 
     For tables of which a step touches some lines: whatever has such a result, or reads the table and has one a little
-    larger, and does not write into a table in place. For others, whose gradient is as large: what only moves numbers.
-    Not `brought_on_chip`.
+    larger, and does not write into a table in place. For others, whose gradient is as large, and for tables that a step
+    goes through: what only moves numbers. Not `brought_on_chip`.
     """
     found = []
     for executed in module.schedule:
@@ -122,7 +127,7 @@ def whole_table_copies(module: Module, tables: Sequence[Table]) -> list[tuple[Ex
         moves, on_chip = module.only_moves(operation), _reaches_chip(module, operation)
         for table in tables:
             numbers = Array("f32", table.dims, 0).numbers
-            if not table.sparse:
+            if not table.sparse or table.passed:
                 copies = moves and not on_chip and largest == numbers
             else:
                 in_place = kinds & {"scatter", "dynamic-update-slice", "custom-call"}

@@ -19,7 +19,7 @@ from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.plan import bytes_kept
-from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
 

@@ -15,7 +15,7 @@ import torch
 from dlrm_xla.config import SHARDINGS
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError, choices
-from dlrm_xla.row_optim import RULES, RowSettings
+from dlrm_xla.row_rules import RULES, RowSettings
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dlrm_xla.devices import Device
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import Ranks
-from dlrm_xla.row_optim import RULES, RowSettings
+from dlrm_xla.row_rules import RULES, Lines, RowSettings
 from dlrm_xla.rows import Home, RowTable, initial_rows, pool
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sharded_file import fill, write_shards
@@ -379,7 +379,7 @@ class _Copy:
         """One step of all rows: those without a gradient stay as they are."""
         assert self.rows.grad is not None
         change, new = RULES[settings.name].update(
-            self.rows.grad[:, : self.dim], self.states, learning_rate, step, settings
+            self.rows.grad[:, : self.dim], self.states, learning_rate, step, settings, Lines()
         )
         self.rows[:, : self.dim] += change
         for state, value in zip(self.states, new, strict=True):

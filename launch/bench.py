@@ -41,7 +41,7 @@ from dlrm_xla.devices import Device, open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.presets import KAGGLE_ROWS
 from dlrm_xla.registry import EXACT, installed
-from dlrm_xla.row_optim import RULES
+from dlrm_xla.row_rules import RULES
 from dlrm_xla.run_folder import versions
 
 WARM_UP = 3

@@ -22,7 +22,7 @@ from dlrm_xla.devices import Device
 from dlrm_xla.model import DLRM, mlp
 from dlrm_xla.plan import bytes_kept, plan
 from dlrm_xla.registry import parse
-from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import Placement, RowTable
 from dlrm_xla.sizing import Budget

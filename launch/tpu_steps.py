@@ -19,7 +19,7 @@ from dlrm_xla.collectives import collectives
 from dlrm_xla.config import Config
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
-from dlrm_xla.row_optim import RULES
+from dlrm_xla.row_rules import RULES
 from dlrm_xla.rows import RowStack
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.step_cost import Cost, Table
@@ -85,13 +85,12 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
         )
     lengths = config.synthetic_bags or [1] * len(plan.tables)
     steps = Steps(model, lengths, device, config)
-    looked_up = [_counted(stack) for stack in steps.rows.stacks]
+    stacks, optimizers = steps.rows.stacks, steps.rows.optimizers
+    looked_up = [_counted(stack) for stack in stacks]
     modules: dict[str, nn.Module] = {name or "model": module for name, module in steps.model.named_modules()}
-    tables = {}
-    for number, (stack, optimizer) in enumerate(zip(steps.rows.stacks, steps.rows.optimizers, strict=True)):
-        name = f"rows{number} of {_tables_of(stack)}"
-        modules[name], modules[f"{name} optimizer"] = stack, optimizer
-        tables[f"{name}.rows"] = stack
+    titles = [f"rows{number} of {_tables_of(stack)}" for number, stack in enumerate(stacks)]
+    for title, stack, optimizer in zip(titles, stacks, optimizers, strict=True):
+        modules[title], modules[f"{title} optimizer"] = stack, optimizer
     state = {
         f"dense optimizer.{key}": value
         for values in steps.dense.state.values()
@@ -113,10 +112,16 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
         found = xla_trace.trace(step, name, [batch()], modules, state, rate, mesh)
         touched = [
             _touched(stack, -(-sum(counts) // num_chips), config)
-            for stack, counts in zip(steps.rows.stacks, looked_up, strict=True)
+            for stack, counts in zip(stacks, looked_up, strict=True)
         ]
+        sparse = {f"{title}.rows" for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse"}
+        passed = {
+            f"{title}.rows"
+            for title, counts, stack, optimizer in zip(titles, looked_up, stacks, optimizers, strict=True)
+            if name == "train" and optimizer.updates_all(stack, sum(counts), len(stack.rows) // num_chips)
+        }
         large = [
-            Table(a.name, _part(a, num_chips), a.name in tables and tables[a.name].placement == "sparse")
+            Table(a.name, _part(a, num_chips), a.name in sparse, a.name in passed)
             for a in found.arguments
             if a.name.startswith(("rows", "bags")) and math.prod(a.shape) >= 2**18
         ]

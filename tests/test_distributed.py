@@ -21,7 +21,7 @@ from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
 from dlrm_xla.ranks import TorchrunRanks
-from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.tensor_file import opened
 
 torchrec = pytest.importorskip("torchrec")

@@ -15,7 +15,8 @@ from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
-from dlrm_xla.row_optim import RowSettings, combine_duplicates, combine_lookups, round_stochastically
+from dlrm_xla.row_optim import combine_duplicates, combine_lookups, round_stochastically
+from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import Lookup, RowFiles, RowTable
 
@@ -111,7 +112,8 @@ def _batch(rng, seed_rows=5, dim=DIM):
 def _device(name):
     base, _, kind = name.partition("-")
     device = open_device(base)
-    as_on_tpu = {"packed": {"lanes": 16}, "rounding": {"rounds_matmul": True}, "": {}}[kind]
+    packed, rounding = {"lanes": 16}, {"rounds_matmul": True}
+    as_on_tpu = {"packed": packed, "rounding": rounding, "as_tpu": packed | rounding, "": {}}[kind]
     return dataclasses.replace(device, rows=dataclasses.replace(device.rows, **as_on_tpu))
 
 
@@ -141,16 +143,17 @@ def _stepper(model, store, device):
 DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed", "xla-rounding"))]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("placement", ["sparse", "dense", "matmul"])
-@pytest.mark.parametrize("name", ["sgd", "adagrad", "adagrad_element", "adam"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
-    device, rng, model = _device(device), np.random.default_rng(0), Tables()
+OPTIMIZERS = ["sgd", "adagrad", "adagrad_element", "adam"]
+
+
+def _fifty_steps(device, name, placement, decay, near_bytes=0):
+    """Trains tables and their twin, compares them, and gives back the store."""
+    rng, model = np.random.default_rng(0), Tables()
     lr = 0.01
     start = [bag.weight.detach().numpy().copy() for bag in model.bags]
     twin = Twin(start, name, lr, decay)
-    store = RowStore(model, device, RowSettings(name, weight_decay=decay), lr, lambda table: placement)
+    settings = RowSettings(name, weight_decay=decay)
+    store = RowStore(model, device, settings, lr, lambda table: placement, near_bytes=near_bytes)
     step = _stepper(device.place(model), store, device)
     before = device.counters()
     for k in range(50):
@@ -160,11 +163,36 @@ def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
     after = device.counters()
     assert after.compiles - before.compiles <= 1
     assert after.fallbacks == before.fallbacks
-    for (name, rows), expected, initial in zip(store.tables(), twin.weights, start, strict=True):
-        np.testing.assert_allclose(rows.numpy(), expected.detach().numpy(), atol=1e-6, rtol=0, err_msg=name)
-        assert not np.array_equal(rows.numpy(), initial)
+    trained = dict(store.tables())
+    for k, (expected, initial) in enumerate(zip(twin.weights, start, strict=True)):
+        rows = trained[f"bags.{k}.weight"].numpy()
+        np.testing.assert_allclose(rows, expected.detach().numpy(), atol=1e-6, rtol=0, err_msg=f"t{k}")
+        assert not np.array_equal(rows, initial)
         untouched = np.setdiff1d(np.arange(len(initial)), [0, len(initial) - 1, *np.arange(5) ** 2 % len(initial)])
-        np.testing.assert_array_equal(rows.numpy()[untouched], initial[untouched])
+        np.testing.assert_array_equal(rows[untouched], initial[untouched])
+    return store
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("placement", ["sparse", "dense", "matmul"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
+    _fifty_steps(_device(device), name, placement, decay)
+
+
+@needs_xla
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", OPTIMIZERS[1:])
+@pytest.mark.parametrize("device", ["xla", "xla-packed", "xla-as_tpu"])
+def test_small_arrays_that_a_step_goes_through_equal_the_dense_twin(device, name, decay):
+    near_bytes = (ROWS[1] + ROWS[2]) * DIM * 4  # all but the first table
+    store = _fifty_steps(_device(device), name, "sparse", decay, near_bytes)
+    through = {
+        stack.num_rows: optimizer.updates_all(stack, BATCH * sum(LENGTHS[1:]), len(stack.rows))
+        for stack, optimizer in zip(store.stacks, store.optimizers, strict=True)
+    }
+    assert through == {ROWS[0]: False, ROWS[1] + ROWS[2]: True}
 
 
 @pytest.mark.parametrize("placement", ["sparse", "dense"])

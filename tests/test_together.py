@@ -12,7 +12,7 @@ from torch import nn
 from dlrm_xla import registry
 from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import ComposedBag, Table, Wanted
-from dlrm_xla.row_optim import RowSettings
+from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
 
