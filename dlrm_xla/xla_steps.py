@@ -23,8 +23,11 @@ from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 from dlrm_xla.errors import UserError
 
 _XLAC = torch_xla._XLAC
-# Two rates whose quotient is no number that a step is likely to hold.
-_PROBE = 0.7071067811865476
+# Two rates at which a step is traced. What is proportional to them is no number that a step is likely to hold besides,
+# for torch_xla makes equal numbers one input: at rate 1 a learning rate of 0.001 is also Adam's 1 - 0.999. And by a power
+# of two nothing is rounded.
+_RATE = 2.0**-41
+_OTHER_RATE = 0.7071067811865476 * _RATE
 # Tensors that only graphs have; equal ones of several traces may share a buffer.
 _CONSTANTS = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
@@ -101,7 +104,7 @@ class RecordedStep:
         return outputs[0] if self._single else tuple(outputs) or None
 
     def _record(self, args: Sequence[Any], tensors: list[Tensor], rate: float | None) -> None:
-        rates = ({}, {}) if rate is None else ({"rate": _PROBE}, {"rate": 1.0})
+        rates = ({}, {}) if rate is None else ({"rate": _OTHER_RATE}, {"rate": _RATE})
         probe = self.trace(args, tensors, rates[0])
         for tensor in probe.written:
             _XLAC._set_buffer_donation(tensor, True)
@@ -198,13 +201,13 @@ class RecordedStep:
             was, now = first.cpu(), second.cpu()
             if torch.equal(was, now):
                 continue
-            if now.numel() != 1 or not torch.allclose(was, now * _PROBE, rtol=1e-5, atol=0):
+            if now.numel() != 1 or not torch.allclose(was, now * (_OTHER_RATE / _RATE), rtol=1e-5, atol=0):
                 raise UserError(
                     f"the {self._name} step reads a number of the host that differs from call to call "
                     f"({was.flatten()[0]}, then {now.flatten()[0]}). Keep it in a tensor on the device, as a buffer; "
                     "look at the plugins."
                 )
-            scaled[place] = now.item()
+            scaled[place] = now.item() / _RATE
         return scaled
 
     def _at_rate(self, rate: float | None) -> dict[int, Tensor]:

@@ -50,6 +50,20 @@ def test_steps_at_changing_rates_are_those_of_the_host_with_one_compile(device):
     assert device.counters().compiles == before + 1
 
 
+def test_a_rate_may_equal_another_number_of_the_step(device):
+    """As a learning rate of 0.001 and Adam's 1 - 0.999 do."""
+    total = torch.ones(2).to("xla")
+
+    def step(x, rate):
+        total.copy_(total * 0.001 + x * (0.001 * rate))
+
+    recorded, expected = device.compile(step, "equal numbers"), 1.0
+    for k, rate in enumerate([1.0, 0.5, 1.0]):
+        recorded(torch.full((2,), float(k + 1)).to("xla"), rate=rate)
+        expected = expected * 0.001 + (k + 1) * 0.001 * rate
+        assert total.tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
 def test_what_happens_to_a_tensor_between_calls_is_seen(device):
     total = torch.zeros(2).to("xla")
 
