@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.errors import UserError, choices
-from dlrm_xla.ids import divide_ids, places
+from dlrm_xla.ids import divide_ids, filled, places
 
 Step = Callable[..., Any]
 # Bytes of an array that are on the host at a time while it is read.
@@ -60,7 +60,7 @@ class Chips(Protocol):
 class RowAccess:
     """How a device reads and writes rows of large arrays, and what it makes of their layout.
 
-    An array is [R] with one value per id, or [lines, pack dim] with rows as `dlrm_xla.rows.RowStack` packs them.
+    An array is [R] with one value per id, or [lines, width] with rows as `dlrm_xla.rows.RowStack` packs them.
     ``gather(array, ids_N, dim)`` gives [N, dim], or [N] of an array [R]. ``scatter(array, ids_N, values, add)`` works
     in place; where it does not add, ids must rise and differ. ``static_shapes``: no shape may depend on data, and a
     scatter leaves out ids past the array's end. ``adds_duplicates``: one that adds may have equal ids, and adds to
@@ -472,8 +472,9 @@ def _in_memory_kept(compile: Callable[[Step, str], Step]) -> Callable[[Step, str
 def _line_gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
     pack = 1 if array.dim() == 1 else array.shape[1] // dim
     if pack == 1:
-        return array.index_select(0, ids_N)
-    lines_NPD = array.index_select(0, divide_ids(ids_N, pack)).view(-1, pack, dim)
+        rows_NW = array.index_select(0, ids_N)
+        return rows_NW if array.dim() == 1 else rows_NW[:, :dim]
+    lines_NPD = array.index_select(0, divide_ids(ids_N, pack))[:, : pack * dim].view(-1, pack, dim)
     return torch.where(places(ids_N % pack, pack).unsqueeze(2), lines_NPD, 0).sum(1)
 
 
@@ -495,7 +496,7 @@ def _line_scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> No
     values = torch.where(inside_N if values.dim() == 1 else inside_N.unsqueeze(1), values, 0)
     if pack > 1:
         values = _lines(values, ids_N % pack, pack)
-    array.index_add_(0, divide_ids(ids_N, pack) if pack > 1 else ids_N, values)
+    array.index_add_(0, divide_ids(ids_N, pack) if pack > 1 else ids_N, filled(values, array))
 
 
 _TORCH_TPU_ROWS = RowAccess("a TPU", _line_gather, _line_scatter, static_shapes=True, lanes=128, rounds_matmul=True)

@@ -1,4 +1,4 @@
-"""Arithmetic on ids that is exact on every device."""
+"""Arithmetic on ids that is exact on every device, and the lines that they lead to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def divide_ids(ids: Tensor, divisor: int) -> Tensor:
     quotient = quotient + torch.div(ids - quotient * divisor, divisor, rounding_mode="floor")
     left = ids - quotient * divisor
     return quotient + (left >= divisor).to(ids.dtype) - (left < 0).to(ids.dtype)
+
+
+def filled(lines_NV: Tensor, array: Tensor) -> Tensor:
+    """Lines as wide as those of an array, with zeros for what they lack."""
+    missing = array.shape[-1] - lines_NV.shape[-1] if array.dim() > 1 else 0
+    return torch.nn.functional.pad(lines_NV, (0, missing)) if missing else lines_NV
 
 
 def places(place_N: Tensor, pack: int) -> Tensor:

@@ -224,7 +224,7 @@ class StackOptimizer(nn.Module):
         pack: int = 1,
     ) -> None:
         """Updates all rows by gradients of all; ``touched_R`` where one without a gradient does not stay by itself."""
-        lines = Lines(pack, stack.dim, stack.device)
+        lines = Lines(pack, stack.dim, sums_LW.shape[1], stack.device)
         rows_LW, *old = (array.float() for array in arrays)
         change_LW, new = self._changes(rows_LW, sums_LW, old, learning_rate, step, lines)
         if touched_R is not None:

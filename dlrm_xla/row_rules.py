@@ -29,23 +29,24 @@ class RowSettings:
 
 
 class Lines(NamedTuple):
-    """How rows lie in lines: ``pack`` rows of ``dim`` side by side, or each by itself."""
+    """How rows lie in lines: ``pack`` rows of ``dim`` side by side in ``width`` columns, or each by itself."""
 
     pack: int = 1
     dim: int = 0
+    width: int = 0
     device: Device | None = None
 
     def mean(self, values_LW: Tensor) -> Tensor:
         """Each row's mean [lines pack], by a product with ones: a TPU would lay lines cut into rows out anew."""
         if self.pack == 1:
-            return values_LW.mean(1)
+            return (values_LW if self.dim == self.width else values_LW[:, : self.dim]).mean(1)
         assert self.device is not None
         picks_WP = self._picks(values_LW)
         parts = [part @ picks_WP for part in matmul_parts(values_LW, self.device)]
         return sum(parts[1:], parts[0]).reshape(-1) / self.dim
 
     def spread(self, numbers_R: Tensor) -> Tensor:
-        """A number per row, at each of the row's columns [lines, pack dim]; [rows, 1] where a line is one row."""
+        """A number per row, at each of the row's columns [lines, width]; [rows, 1] where a line is one row."""
         if self.pack == 1:
             return numbers_R.unsqueeze(1)
         assert self.device is not None
@@ -54,7 +55,7 @@ class Lines(NamedTuple):
         return sum(parts[1:], parts[0])
 
     def _picks(self, like: Tensor) -> Tensor:
-        column_W, row_P = (torch.arange(n, device=like.device) for n in (self.pack * self.dim, self.pack))
+        column_W, row_P = (torch.arange(n, device=like.device) for n in (self.width, self.pack))
         return (column_W.unsqueeze(1) // self.dim == row_P).to(like.dtype)
 
 
@@ -63,7 +64,7 @@ class Rule(NamedTuple):
 
     ``states`` says for each state whether it has one number per row or per element. ``update`` maps (gradients [U, D],
     states, learning rate, step [1] from 1, settings, lines) to (what is added to the rows, new states); with several
-    rows to a line, gradients and states per element are [lines, pack D]. ``still``: a row whose gradient is zero stays
+    rows to a line, gradients and states per element are [lines, width]. ``still``: a row whose gradient is zero stays
     as it is, state included.
     """
 

@@ -22,7 +22,7 @@ from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_optim import DTYPES, StackOptimizer
 from dlrm_xla.row_rules import RowSettings
-from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable
+from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable, rows_of, write_rows
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # Ids are int32, and a stack needs some past its end.
@@ -165,14 +165,15 @@ class RowStore:
 
     def _section(self, stack: RowStack, array: Tensor, names: Sequence[str]) -> Section:
         shapes = [(t.num_rows,) if array.dim() == 1 else (t.num_rows, t.dim) for t in stack.tables]
-        # Tables lie behind one another in the array; only what fills its last line belongs to none.
+        # Tables lie behind one another in the array; only what fills lines belongs to none.
         members = list(zip(names, shapes, strict=True))
-        return Section(members, array.dtype, self._parts(array, sum(map(math.prod, shapes))))
+        return Section(members, array.dtype, self._parts(array, stack.dim, sum(map(math.prod, shapes))))
 
-    def _parts(self, array: Tensor, left: int) -> Iterator[Tensor]:
+    def _parts(self, array: Tensor, dim: int, left: int) -> Iterator[Tensor]:
         for part in self.device.host_parts(array):
-            yield part.flatten()[:left]
-            left -= part.numel()
+            numbers = (part if part.dim() == 1 else rows_of(part, dim)).flatten()
+            yield numbers[:left]
+            left -= numbers.numel()
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Writes tables, the rows' optimizer and ``tensors`` as one file; tables go part by part."""
@@ -208,7 +209,7 @@ class RowStore:
         # Not read from the device, which may have no room for it whole.
         host = array if array.device.type == "cpu" else torch.zeros(array.shape, dtype=array.dtype)
         width = 1 if array.dim() == 1 else stack.dim
-        flat = host.view(-1, width)
+        lines = host.view(-1, 1) if array.dim() == 1 else host
         for name, table, base in zip(names, stack.tables, stack.bases, strict=True):
             found = read(name)
             if found.numel() != table.num_rows * width:
@@ -216,7 +217,7 @@ class RowStore:
                     f"table {table.name} has {table.num_rows:,} rows of {stack.dim} here, but {name} of the checkpoint "
                     f"is {list(found.shape)}. Use the configuration and the data that it was written with."
                 )
-            flat[base : base + table.num_rows] = found.view(-1, width)
+            write_rows(lines, base, found.reshape(-1, width).to(array.dtype))
         if host is not array:
             self.device.write(array, host)
 

@@ -206,8 +206,9 @@ def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 class RowStack(nn.Module):
     """Rows of several tables of one width in one array.
 
-    ``rows`` is [ceil(R / pack), pack dim]: row r lies in line r // pack, from column (r mod pack) dim on. A TPU pads
-    the last dimension to 128 lanes, so there narrow rows are packed several to a line; elsewhere ``pack`` is 1.
+    ``rows`` is [ceil(R / pack), width]: row r lies in line r // pack, from column (r mod pack) dim on. A TPU pads the
+    last dimension to 128 lanes, so there narrow rows are packed several to a line, and what they leave of its lanes
+    stays zero; elsewhere ``pack`` is 1 and the width dim.
 
     ``placement`` says how rows are read and how gradients of equal ids are added up:
 
@@ -250,7 +251,7 @@ class RowStack(nn.Module):
         for member, base in zip(tables, self.bases, strict=True):
             assert member.weight is not None, f"{member.table.name} is in a stack already"
             if array.data_ptr() != member.weight.data_ptr():
-                array.view(-1, self.dim)[base : base + member.table.num_rows] = member.weight.detach()
+                write_rows(array, base, member.weight.detach())
             # Given back one by one: the peak is the largest table above the stack, not twice the stack.
             member.weight = None
             member.home = Home(self, base)
@@ -316,9 +317,10 @@ class RowStack(nn.Module):
     def tables_on_host(self) -> Iterator[Tensor]:
         """Each table's rows [R, D], on the CPU."""
         here = self.rows.device.type == "cpu"
-        flat = (self.rows if here else torch.cat(list(self.device.host_parts(self.rows)))).view(-1, self.dim)
+        array = self.rows if here else torch.cat(list(self.device.host_parts(self.rows)))
         for table, base in zip(self.tables, self.bases, strict=True):
-            yield flat[base : base + table.num_rows]
+            first, end = base // self.pack, -(-(base + table.num_rows) // self.pack)
+            yield rows_of(array[first:end], self.dim)[base - first * self.pack :][: table.num_rows]
 
     def extra_repr(self) -> str:
         return f"{len(self.tables)} tables, {self.num_rows} x {self.dim}, {self.placement}, {self.pack} rows a line"
@@ -330,7 +332,31 @@ def lines_of(num_rows: int, dim: int, access: RowAccess, placement: Placement) -
         return num_rows, dim
     pack = max(1, access.lanes // dim)
     lines = -(-num_rows // pack)
-    return -(-lines // access.num_chips) * access.num_chips, pack * dim
+    # All lanes, for of a narrower array a TPU would make rows of its columns where that takes less, and then copy it
+    # whole into lines of rows, and back, at every step.
+    width = -(-pack * dim // access.lanes) * access.lanes if access.lanes else dim
+    return -(-lines // access.num_chips) * access.num_chips, width
+
+
+def rows_of(lines_LW: Tensor, dim: int) -> Tensor:
+    """The rows [L pack, dim] of lines, without what is beside them; a view where nothing is."""
+    return lines_LW[:, : lines_LW.shape[1] // dim * dim].reshape(-1, dim)
+
+
+def write_rows(lines_LW: Tensor, first: int, values_RD: Tensor) -> None:
+    """Writes rows into lines from row ``first`` on: what fills the first line, whole lines, and what is left."""
+    dim = values_RD.shape[1]
+    pack = lines_LW.shape[1] // dim
+    lines_LPD = lines_LW[:, : pack * dim].view(-1, pack, dim)
+    line, place = divmod(first, pack)
+    if place:
+        begun = min(pack - place, len(values_RD))
+        lines_LPD[line, place : place + begun] = values_RD[:begun]
+        line, values_RD = line + 1, values_RD[begun:]
+    whole, left = divmod(len(values_RD), pack)
+    lines_LPD[line : line + whole] = values_RD[: whole * pack].reshape(whole, pack, dim)
+    if left:
+        lines_LPD[line + whole, :left] = values_RD[whole * pack :]
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,16 +9,17 @@ import torch_xla.core.xla_builder as builder
 import torch_xla.core.xla_op_registry as registry
 from torch import Tensor
 
-from dlrm_xla.ids import divide_ids, places
+from dlrm_xla.ids import divide_ids, filled, places
 
 
 def gather(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
     """Rows [N, dim], or [N] of an array [R]."""
     pack = 1 if array.dim() == 1 else array.shape[1] // dim
     if pack == 1:
-        return array.index_select(0, ids_N)
+        rows_NW = array.index_select(0, ids_N)
+        return rows_NW if array.dim() == 1 else rows_NW[:, :dim]
     line_N, place_N = _line_and_place(ids_N, pack)
-    lines_NPD = array.index_select(0, line_N).view(-1, pack, dim)
+    lines_NPD = array.index_select(0, line_N)[:, : pack * dim].view(-1, pack, dim)
     return torch.where(places(place_N, pack).unsqueeze(2), lines_NPD, 0).sum(1)
 
 
@@ -31,6 +32,7 @@ def scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
     """
     pack = 1 if array.dim() == 1 else array.shape[1] // values.shape[1]
     if pack == 1:
+        values = filled(values, array)
         array.copy_(_SCATTER(array, ids_N.unsqueeze(1), values.to(array.dtype), add=add))
         return
     line_N, place_N = _line_and_place(ids_N, pack)
@@ -42,7 +44,7 @@ def scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
         values = values - gather(array, ids_N.clamp(max=len(array) * pack - 1), values.shape[1])
     place_NP1 = places(place_N, pack).unsqueeze(2)
     lines_NW = torch.where(place_NP1, values.unsqueeze(1), 0).view(len(ids_N), -1)
-    array.copy_(_SCATTER(array, line_N.unsqueeze(1), lines_NW, add=True))
+    array.copy_(_SCATTER(array, line_N.unsqueeze(1), filled(lines_NW, array), add=True))
 
 
 def bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.row_optim import combine_duplicates, combine_lookups, round_stochastically
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
-from dlrm_xla.rows import Lookup, RowFiles, RowTable
+from dlrm_xla.rows import Lookup, RowFiles, RowTable, rows_of, write_rows
 
 ROWS, DIM, BATCH = (50, 7, 31), 6, 16
 LENGTHS = (4, 1, 2)
@@ -42,6 +42,18 @@ def test_combined_duplicates_add_up(ids, dim, static):
     assert len(ids_U) == (len(ids_N) if static else kept)
     for i, g in zip(ids_U[:kept].tolist(), sums_UD.numpy(), strict=False):
         np.testing.assert_array_equal(g, grads_ND[ids_N == i].sum(0).numpy())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 3), st.lists(st.integers(0, 12), min_size=1, max_size=4))
+def test_rows_written_into_lines_come_back(pack, dim, left, counts):
+    """Tables behind one another in lines of several rows, with columns left that stay zero."""
+    rows = torch.arange(1.0, sum(counts) * dim + 1).view(-1, dim)
+    lines = torch.zeros(-(-sum(counts) // pack), pack * dim + min(left, dim - 1))
+    for part, first in zip(torch.split(rows, counts), np.cumsum([0, *counts]), strict=False):
+        write_rows(lines, int(first), part)
+    assert torch.equal(rows_of(lines, dim)[: len(rows)], rows)
+    assert lines.count_nonzero() == rows.numel()
 
 
 class Twin:
@@ -112,8 +124,9 @@ def _batch(rng, seed_rows=5, dim=DIM):
 def _device(name):
     base, _, kind = name.partition("-")
     device = open_device(base)
-    packed, rounding = {"lanes": 16}, {"rounds_matmul": True}
-    as_on_tpu = {"packed": packed, "rounding": rounding, "as_tpu": packed | rounding, "": {}}[kind]
+    # Rows of 6: two to a line of 16 with four columns left, one to a line of 8 with two left.
+    packed, wide, rounding = {"lanes": 16}, {"lanes": 8}, {"rounds_matmul": True}
+    as_on_tpu = {"packed": packed, "wide": wide, "rounding": rounding, "as_tpu": packed | rounding, "": {}}[kind]
     return dataclasses.replace(device, rows=dataclasses.replace(device.rows, **as_on_tpu))
 
 
@@ -140,7 +153,7 @@ def _stepper(model, store, device):
     return run
 
 
-DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed", "xla-rounding"))]
+DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed", "xla-wide", "xla-rounding"))]
 
 
 OPTIMIZERS = ["sgd", "adagrad", "adagrad_element", "adam"]
@@ -184,7 +197,7 @@ def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
 @needs_xla
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS[1:])
-@pytest.mark.parametrize("device", ["xla", "xla-packed", "xla-as_tpu"])
+@pytest.mark.parametrize("device", ["xla", "xla-wide", "xla-as_tpu"])
 def test_small_arrays_that_a_step_goes_through_equal_the_dense_twin(device, name, decay):
     near_bytes = (ROWS[1] + ROWS[2]) * DIM * 4  # all but the first table
     store = _fifty_steps(_device(device), name, "sparse", decay, near_bytes)
