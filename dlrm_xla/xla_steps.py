@@ -24,8 +24,8 @@ from dlrm_xla.errors import UserError
 
 _XLAC = torch_xla._XLAC
 # Two rates at which a step is traced. What is proportional to them is no number that a step is likely to hold besides:
-# torch_xla makes equal numbers one input, and at rate 1 a learning rate of 0.001 would also be Adam's 1 - 0.999. A power
-# of two rounds nothing.
+# torch_xla makes equal numbers one input, and at rate 1 a learning rate of 0.001 would also be Adam's 1 - 0.999. A
+# power of two rounds nothing.
 _RATE = 2.0**-41
 _OTHER_RATE = 0.7071067811865476 * _RATE
 # Tensors that only graphs have; equal ones of several traces may share a buffer.
