@@ -145,7 +145,7 @@ class StackOptimizer(nn.Module):
 
     def _only_adds(self, stack: RowStack) -> bool:
         """Whether what is added to a row depends on its gradient alone."""
-        return self.settings.name == "sgd" and self.settings.weight_decay == 0 and stack.rows.dtype == torch.float32
+        return self.settings.only_adds and stack.rows.dtype == torch.float32
 
     def _static(
         self,

@@ -27,6 +27,11 @@ class RowSettings:
     weight_decay: float = 0.0
     state: StateName = "fp32"
 
+    @property
+    def only_adds(self) -> bool:
+        """Whether what is added to a row depends on its gradient alone, and linearly."""
+        return self.name == "sgd" and self.weight_decay == 0
+
 
 class Lines(NamedTuple):
     """How rows lie in lines: ``pack`` rows of ``dim`` side by side in ``width`` columns, or each by itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_optim import DTYPES, StackOptimizer
 from dlrm_xla.row_rules import RowSettings
-from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable, rows_of, write_rows
+from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable, lines_of, rows_of, write_rows
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
+# A TPU's compiler streams arrays of fewer lines to an id: seen at 5 and not at 10 (docs/scale.md).
+_LINES_PER_ID = 7
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
 
@@ -47,6 +49,7 @@ class RowStore:
         kernels: RowKernels = "own",
         ranks: Ranks = ALONE,
         near_bytes: int = 0,
+        step_ids: int = 0,
     ) -> None:
         self._ranks = ranks
         self._learning_rate = learning_rate
@@ -55,7 +58,11 @@ class RowStore:
         self._step = torch.zeros(1, dtype=torch.int32).to(device.torch_device)
         self.device = device
         members = [(name, module) for name, module in model.named_modules() if isinstance(module, RowTable)]
-        groups = list(_grouped([module for _, module in members], place, near_bytes))
+        sparse = [m for _, m in members if place(m.table) == "sparse"]
+        near = _near(sparse, near_bytes)
+        if settings.only_adds and _streams(sparse, near, step_ids, device.rows):
+            near = set()
+        groups = list(_grouped([module for _, module in members], place, near))
         self.stacks = [RowStack(tables, device, placement, near) for placement, near, tables in groups]
         of_module = {module: f"{name}.weight".removeprefix(".") for name, module in members}
         self._names = [[of_module[table] for table in tables] for *_, tables in groups]
@@ -259,11 +266,10 @@ def use_fbgemm(kernels: RowKernels, stack: RowStack, settings: RowSettings) -> b
 
 
 def _grouped(
-    members: Sequence[RowTable], place: Callable[[Table], Placement], near_bytes: int = 0
+    members: Sequence[RowTable], place: Callable[[Table], Placement], near: Set[RowTable]
 ) -> Iterator[tuple[Placement, bool, list[RowTable]]]:
     groups: dict[tuple[Placement, int, torch.dtype, bool, object], list[RowTable]] = {}
     parts: dict[tuple[Placement, int, torch.dtype, bool], tuple[int, int]] = {}
-    near = _near([m for m in members if place(m.table) == "sparse"], near_bytes)
     for member in members:
         assert member.weight is not None, f"{member.table.name} is in a store already"
         kind = (place(member.table), member.table.dim, member.weight.dtype, member in near)
@@ -294,3 +300,13 @@ def _near(members: Sequence[RowTable], most_bytes: int) -> set[RowTable]:
             break
         found.add(member)
     return found
+
+
+def _streams(members: Sequence[RowTable], near: Set[RowTable], step_ids: int, access: RowAccess) -> bool:
+    """Whether a step looks up so many ids that a TPU goes through large arrays in order, small tables among them.
+
+    From some point on its compiler sorts the ids of a scatter and streams the array. A small array apart then costs
+    what the stream would have taken along, and over several chips it is not even kept near (docs/scale.md).
+    """
+    lines = sum(lines_of(m.table.num_rows, m.table.dim, access, "sparse")[0] for m in members) // access.num_chips
+    return len(near) < len(members) and step_ids * _LINES_PER_ID > lines

@@ -89,9 +89,11 @@ class Steps:
             self.rows = TorchrecRows(model, device, settings, config.row_lr, shards, bag_lengths, ranks)
         else:
             place = placement_rule(config, device.rows)
-            near = device.rows.near_bytes if config.near_bytes < 0 else config.near_bytes
+            near, ids = config.near_bytes, 0
+            if near < 0:  # the device's own, and that only where it helps
+                near, ids = device.rows.near_bytes, config.batch_size * sum(bag_lengths)
             self.rows = RowStore(
-                model, device, settings, config.row_lr, place, files, config.row_kernels, ranks, near_bytes=near
+                model, device, settings, config.row_lr, place, files, config.row_kernels, ranks, near, ids
             )
         self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
         self._names_F = [t.name for t in model.tables]

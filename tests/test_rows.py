@@ -208,6 +208,20 @@ def test_small_arrays_that_a_step_goes_through_equal_the_dense_twin(device, name
     assert through == {ROWS[0]: False, ROWS[1] + ROWS[2]: True}
 
 
+@pytest.mark.parametrize(
+    ("near_bytes", "step_ids", "stacks"),
+    [
+        (0, 0, [(sum(ROWS), False)]),
+        ((ROWS[1] + ROWS[2]) * DIM * 4, 12, [(ROWS[0], False), (ROWS[1] + ROWS[2], True)]),
+        ((ROWS[1] + ROWS[2]) * DIM * 4, 13, [(sum(ROWS), False)]),  # 88 lines, fewer than 7 to an id
+        (sum(ROWS) * DIM * 4, 13, [(sum(ROWS), True)]),  # nothing large to be streamed
+    ],
+)
+def test_small_tables_are_apart_where_sgd_does_not_stream_large_ones(near_bytes, step_ids, stacks):
+    store = RowStore(Tables(), open_device("cpu"), RowSettings("sgd"), 0.1, near_bytes=near_bytes, step_ids=step_ids)
+    assert [(stack.num_rows, stack.near) for stack in store.stacks] == stacks
+
+
 @pytest.mark.parametrize("placement", ["sparse", "dense"])
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
