@@ -417,10 +417,10 @@ def test_stacks_stay_within_int32_and_take_as_many_tables_as_fit():
     with torch.device("meta"):
         tables = [RowTable(Table(f"t{k}", r, 1)) for k, r in enumerate([5, most - 2, 3, 2**30, 2**30 - 2**27, 7])]
         too_large = RowTable(Table("huge", most + 1, 1))
-    groups = [[t.table.name for t in g] for _, g in row_store._grouped(tables, lambda table: "sparse")]
+    groups = [[t.table.name for t in g] for *_, g in row_store._grouped(tables, lambda table: "sparse", set())]
     assert groups == [["t0"], ["t1"], ["t2", "t3"], ["t4", "t5"]]
     with pytest.raises(UserError, match=r"table huge has .* rows, but .* are the most"):
-        list(row_store._grouped([too_large], lambda table: "sparse"))
+        list(row_store._grouped([too_large], lambda table: "sparse", set()))
 
 
 def test_two_tables_of_one_description_keep_rows_of_their_own(tmp_path):
