@@ -67,7 +67,7 @@ class RecordedStep:
         self._inputs: list[int | Callable[[], Tensor | None]] = []
         self._written: list[weakref.ref[Tensor]] = []
         self._num_outputs, self._single = 0, False
-        self._scaled: dict[int, float] = {}
+        self._scaled: dict[int, tuple[float, torch.dtype]] = {}
         self._rate_inputs: tuple[float, dict[int, Tensor]] = (0.0, {})
 
     def __call__(self, *args: Any, rate: float | None = None) -> Any:
@@ -188,8 +188,8 @@ class RecordedStep:
                 "to None at its end; look at the plugins."
             )
 
-    def _proportional(self, probe: Trace, trace: Trace) -> dict[int, float]:
-        """The constants that follow the rate, by their place, and their values at rate 1."""
+    def _proportional(self, probe: Trace, trace: Trace) -> dict[int, tuple[float, torch.dtype]]:
+        """The constants that follow the rate, by their place: their values at rate 1, and their types."""
         if probe.constants != trace.constants or not _same(probe.written, trace.written):
             raise UserError(f"the {self._name} step is not one XLA graph: its second trace is another one")
         scaled = {}
@@ -207,7 +207,7 @@ class RecordedStep:
                     f"({was.flatten()[0]}, then {now.flatten()[0]}). Keep it in a tensor on the device, as a buffer; "
                     "look at the plugins."
                 )
-            scaled[place] = now.item() / _RATE
+            scaled[place] = now.item() / _RATE, now.dtype
         return scaled
 
     def _at_rate(self, rate: float | None) -> dict[int, Tensor]:
@@ -215,7 +215,10 @@ class RecordedStep:
             return {}
         if self._rate_inputs[0] != rate or not self._rate_inputs[1]:
             device = torch_xla.device()
-            self._rate_inputs = rate, {p: torch.tensor(v * rate).to(device) for p, v in self._scaled.items()}
+            self._rate_inputs = (
+                rate,
+                {p: torch.tensor(v * rate, dtype=kind).to(device) for p, (v, kind) in self._scaled.items()},
+            )
             for tensor in self._rate_inputs[1].values():
                 _CONSTANTS[tensor] = None
         return self._rate_inputs[1]

@@ -299,6 +299,24 @@ def test_a_checkpoint_does_not_tell_how_rows_lay_in_lines(lanes, optimizer, tmp_
 
 
 @needs_xla
+@pytest.mark.parametrize("dense", ["sgd", "adagrad", "adam"])
+@pytest.mark.parametrize("rows", ["sgd", "adagrad", "adagrad_element", "adam"])
+def test_every_pair_of_optimizers_trains_on_xla_as_on_cpu(rows, dense, tmp_path):
+    """At default rates, of which some equal other numbers of a step."""
+    cpu, xla = (_steps(name, {}, row_optimizer=rows, dense_optimizer=dense) for name in ("cpu", "xla"))
+    cpu.save(tmp_path / "start.safetensors", {"step": 0})
+    xla.load(tmp_path / "start.safetensors")
+    for k in range(3):
+        for steps in (cpu, xla):
+            steps.train(_batch(k), k)
+    assert xla.mean_loss() == pytest.approx(cpu.mean_loss(), rel=1e-5)
+    for (name, a), (_, b) in zip(sorted(cpu.rows.tables()), sorted(xla.rows.tables()), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4, msg=name)
+    for (name, a), b in zip(cpu.model.named_parameters(), xla.model.parameters(), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach().cpu(), atol=2e-5, rtol=1e-3, msg=name)
+
+
+@needs_xla
 def test_arrays_larger_than_a_part_are_read_whole_from_xla(monkeypatch):
     monkeypatch.setattr("dlrm_xla.devices._PART_BYTES", 999)
     device = open_device("xla")
