@@ -26,7 +26,7 @@ from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable, lines_of, row
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # A TPU's compiler streams arrays of fewer lines to an id: seen at 5 and not at 10 (docs/scale.md).
-_LINES_PER_ID = 7
+_STREAMED_LINES_PER_ID = 7
 # Ids are int32, and a stack needs some past its end.
 MAX_STACK_ROWS = 2**31 - 2**27
 
@@ -224,7 +224,7 @@ class RowStore:
                     f"table {table.name} has {table.num_rows:,} rows of {stack.dim} here, but {name} of the checkpoint "
                     f"is {list(found.shape)}. Use the configuration and the data that it was written with."
                 )
-            write_rows(lines, base, found.reshape(-1, width).to(array.dtype))
+            write_rows(lines, base, found.reshape(-1, width))
         if host is not array:
             self.device.write(array, host)
 
@@ -309,4 +309,4 @@ def _streams(members: Sequence[RowTable], near: Set[RowTable], step_ids: int, ac
     what the stream would have taken along, and over several chips it is not even kept near (docs/scale.md).
     """
     lines = sum(lines_of(m.table.num_rows, m.table.dim, access, "sparse")[0] for m in members) // access.num_chips
-    return len(near) < len(members) and step_ids * _LINES_PER_ID > lines
+    return len(near) < len(members) and step_ids * _STREAMED_LINES_PER_ID > lines

@@ -105,6 +105,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             device.send
         )
 
+    sparse = {f"{title}.rows" for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse"}
     traced = []
     for name, step, rate in (("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)):
         for counts in looked_up:
@@ -114,7 +115,6 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             _touched(stack, -(-sum(counts) // num_chips), config)
             for stack, counts in zip(stacks, looked_up, strict=True)
         ]
-        sparse = {f"{title}.rows" for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse"}
         passed = {
             f"{title}.rows"
             for title, counts, stack, optimizer in zip(titles, looked_up, stacks, optimizers, strict=True)

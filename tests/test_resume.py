@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -237,9 +238,9 @@ def test_a_thousandth_of_the_corruption_campaign(tmp_path):
 TABLES = [Table("a", 30, 8), Table("b", 2000, 8), Table("c", 500, 8)]
 
 
-def _steps(device, placement, spec="exact", **settings):
+def _steps(device, placement, spec="exact", innermost=RowTable, **settings):
     config, _ = resolve({"preset": "small", "batch_size": 8, "placement": placement, **settings}, None)
-    model = DLRM(3, TABLES, [compose(parse(spec), RowTable)] * 3, bottom=[8], top=[8])
+    model = DLRM(3, TABLES, [compose(parse(spec), innermost)] * 3, bottom=[8], top=[8])
     return Steps(model, [1, 3, 2], open_device(device) if isinstance(device, str) else device, config)
 
 
@@ -252,6 +253,17 @@ def _batch(seed):
     return PackedBatch(torch.randn(8, 3, generator=generator), ids.int(), labels)
 
 
+def _assert_same_numbers(one, other):
+    saved, again = load_file(one), load_file(other)
+    for name, tensor in saved.items():
+        assert torch.equal(tensor.flatten(), again[name].flatten()), name
+
+
+def _assert_near(one, other):
+    for (name, a), (_, b) in zip(sorted(one.rows.tables()), sorted(other.rows.tables()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @needs_xla
 @pytest.mark.parametrize(("here", "there"), [("cpu", "xla"), ("xla", "cpu")])
 def test_training_goes_on_on_another_device_with_another_placement(here, there, tmp_path):
@@ -262,15 +274,12 @@ def test_training_goes_on_on_another_device_with_another_placement(here, there, 
     one.save(tmp_path / "c.safetensors", {"step": 3})
     two.load(tmp_path / "c.safetensors")
     two.save(tmp_path / "d.safetensors", {"step": 3})
-    saved, again = (load_file(tmp_path / name) for name in ("c.safetensors", "d.safetensors"))
-    for name, tensor in saved.items():
-        assert torch.equal(tensor.flatten(), again[name].flatten()), name
+    _assert_same_numbers(tmp_path / "c.safetensors", tmp_path / "d.safetensors")
     for k in range(3, 6):
         one.train(_batch(k), k)
         two.train(_batch(k), k)
     assert one.mean_loss() == pytest.approx(two.mean_loss(), rel=1e-5)
-    for (name, a), (_, b) in zip(sorted(one.rows.tables()), sorted(two.rows.tables()), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
+    _assert_near(one, two)
 
 
 @needs_xla
@@ -288,14 +297,30 @@ def test_a_checkpoint_does_not_tell_how_rows_lay_in_lines(lanes, optimizer, tmp_
     here.load(tmp_path / "c.safetensors")
     here.save(tmp_path / "d.safetensors", {"step": 2})
     there.load(tmp_path / "d.safetensors")
-    saved, again = (load_file(tmp_path / name) for name in ("c.safetensors", "d.safetensors"))
-    for name, tensor in saved.items():
-        assert torch.equal(tensor.flatten(), again[name].flatten()), name
+    _assert_same_numbers(tmp_path / "c.safetensors", tmp_path / "d.safetensors")
     for k in range(2, 4):
         here.train(_batch(k), k)
         there.train(_batch(k), k)
-    for (name, a), (_, b) in zip(sorted(here.rows.tables()), sorted(there.rows.tables()), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
+    _assert_near(here, there)
+
+
+@needs_xla
+def test_rows_in_bf16_are_the_same_in_lines_with_columns_left():
+    """To the bit: an update is rounded by row and column, not by where they lie."""
+    xla, tables = open_device("xla"), []
+    for lanes in (0, 12, 20):
+        device = dataclasses.replace(xla, rows=dataclasses.replace(xla.rows, lanes=lanes))
+        torch.manual_seed(0)
+        steps = _steps(device, {}, innermost=partial(RowTable, dtype=torch.bfloat16), row_optimizer="adagrad")
+        assert {stack.rows.dtype for stack in steps.rows.stacks} == {torch.bfloat16}
+        before = {name: rows.clone() for name, rows in steps.rows.tables()}
+        for k in range(2):
+            steps.train(_batch(k), k)
+        tables.append(dict(steps.rows.tables()))
+        assert any(not torch.equal(before[name], rows) for name, rows in tables[-1].items())
+    for other in tables[1:]:
+        for name, rows in tables[0].items():
+            assert torch.equal(rows, other[name]), name
 
 
 @needs_xla
