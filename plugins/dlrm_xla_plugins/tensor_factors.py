@@ -12,6 +12,7 @@ from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.errors import UserError
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
+from dlrm_xla_plugins.distinct_trains import has_values
 from dlrm_xla_plugins.tensor_train import column_radices, first_digit_scales, row_radices
 
 
@@ -68,16 +69,31 @@ def unit_factor(num_rows: int, rank: int) -> nn.Parameter:
 class _DigitFactors(nn.Module):
     """Factors [n_k, rank] of the three digits of a row number, and the rows of each that a lookup needs."""
 
-    def __init__(self, table: Table, rank: int) -> None:
+    def __init__(self, table: Table, rank: int, scale: float) -> None:
         super().__init__()
         self.table = table
         self.rank = rank
+        self.scale = scale
         self.rows = row_radices(table.num_rows)
         self.factor1, self.factor2, self.factor3 = (unit_factor(n, rank) for n in self.rows)
 
-    def digits(self, ids_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [N, rank] of the three factors."""
+    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+        """Weighted sums [B, dim] of rows."""
         ids_N = ids_BL.reshape(-1)
+        if has_values(ids_N):  # each different id once
+            ids_U, place_N = torch.unique(ids_N, return_inverse=True)
+            rows_ND = self.rows_of(ids_U).index_select(0, place_N)
+        else:
+            rows_ND = self.rows_of(ids_N)
+        # Scaled here, where a lookup has the fewest numbers.
+        return (rows_ND * (weights_BL * self.scale).reshape(-1, 1)).view(*ids_BL.shape, -1).sum(1)
+
+    def rows_of(self, ids_N: Tensor) -> Tensor:
+        """Rows [N, dim] before they are scaled."""
+        raise NotImplementedError
+
+    def digits(self, ids_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, rank] of the three factors."""
         _, n2, n3 = self.rows
         i12_N = divide_ids(ids_N, n3)
         return (
@@ -90,10 +106,6 @@ class _DigitFactors(nn.Module):
         return f"{self.table.name}, rows {self.rows}, rank {self.rank}"
 
 
-def _pooled(rows_ND: Tensor, weights_BL: Tensor) -> Tensor:
-    return (rows_ND * weights_BL.reshape(-1, 1)).view(*weights_BL.shape, -1).sum(1)
-
-
 def _digit_tensor(rows: TrainedRows, radices: tuple[int, int, int], scales: np.ndarray) -> np.ndarray:
     padded = rows.padded(math.prod(radices), rows.dim)
     scaled: np.ndarray = padded.reshape(len(scales), -1) * scales
@@ -104,8 +116,7 @@ class CPBag(_DigitFactors):
     """Embedding bag of ``tensorly_cp``; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, table: Table, rank: int, block: bool = False) -> None:
-        super().__init__(table, rank)
-        self.scale = rank**-0.5
+        super().__init__(table, rank, rank**-0.5)
         std = table.start_std
         if block:
             self.columns = nn.ParameterList(unit_factor(d, rank) for d in column_radices(table.dim))
@@ -114,10 +125,9 @@ class CPBag(_DigitFactors):
         else:
             self.columns = nn.ParameterList([torch.empty(table.dim, rank).normal_(std=std)])
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        first, second, third = self.digits(ids_BL)
-        # Summed before it is widened, which is the same by linearity.
-        return _pooled(first * second * third * self.scale, weights_BL) @ self.column_factor().t()
+    def rows_of(self, ids_N: Tensor) -> Tensor:
+        first, second, third = self.digits(ids_N)
+        return first * second * third @ self.column_factor().t()
 
     def column_factor(self) -> Tensor:
         """D [dim, rank], which meets the factors' product times ``scale``."""
@@ -152,25 +162,26 @@ class TuckerBag(_DigitFactors):
     """Embedding bag of ``tensorly_tucker``; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, table: Table, rank: int, block: bool = False) -> None:
-        super().__init__(table, rank)
         radices = column_radices(table.dim) if block else ()
         ranks = [min(rank, d) for d in radices]
+        super().__init__(table, rank, (rank**3 * math.prod(ranks)) ** -0.5)
         self.columns = nn.ParameterList(unit_factor(d, s) for d, s in zip(radices, ranks, strict=True))
-        self.scale = (rank**3 * math.prod(ranks)) ** -0.5
         width = math.prod(ranks) if block else table.dim
         self.core = nn.Parameter(torch.empty(rank**3, width).normal_(std=table.start_std))
 
-    def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        first, second, third = self.digits(ids_BL)
+    def rows_of(self, ids_N: Tensor) -> Tensor:
+        first, second, third = self.digits(ids_N)
         outer_N = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
-        outer_N = (outer_N.unsqueeze(2) * third.unsqueeze(1)).flatten(1)
-        out_B = _pooled(outer_N * self.scale, weights_BL) @ self.core
+        # The core meets two factors at once and the third then, so that no product of all three is ever written:
+        # rank^2 and rank width numbers a lookup, not rank^3.
+        met_N = torch.unflatten(outer_N @ self.core.view(self.rank**2, -1), 1, (self.rank, -1))
+        rows_ND = (met_N * third.unsqueeze(2)).sum(1)
         if not self.columns:
-            return out_B
-        # The columns' factors one after the other: [B, s1, s2, s3] -> [B, s2, s3, d1] -> ... -> [B, d1, d2, d3].
+            return rows_ND
+        # The columns' factors one after the other: [N, s1, s2, s3] -> [N, s2, s3, d1] -> ... -> [N, d1, d2, d3].
         for factor in self.columns:
-            out_B = (torch.unflatten(out_B, 1, (factor.shape[1], -1)).transpose(1, 2) @ factor.t()).flatten(1)
-        return out_B[:, : self.table.dim]
+            rows_ND = (torch.unflatten(rows_ND, 1, (factor.shape[1], -1)).transpose(1, 2) @ factor.t()).flatten(1)
+        return rows_ND[:, : self.table.dim]
 
     def set_table(self, rows: TrainedRows) -> None:
         """Core and factors that tensorly's higher-order orthogonal iteration finds, of all rows at once.
