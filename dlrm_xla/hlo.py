@@ -111,10 +111,12 @@ class Module:
                 kinds |= self.inside(part)
         return kinds
 
-    def text_inside(self, operation: Operation) -> str:
-        """The lines of an operation and of what it calls."""
-        called = (part for name in operation.calls for part in self.computations.get(name, ()))
-        return "\n".join([operation.line, *map(self.text_inside, called)])
+    def parts(self, operation: Operation) -> Iterator[Operation]:
+        """An operation and what it calls."""
+        yield operation
+        for name in operation.calls:
+            for part in self.computations.get(name, ()):
+                yield from self.parts(part)
 
     def operands(self, operation: Operation) -> list[Array]:
         """The arrays that an operation reads."""

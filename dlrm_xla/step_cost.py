@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 from dlrm_xla.collectives import KINDS, exchanges
 from dlrm_xla.hlo import Array, Executed, Module, Operation
-from dlrm_xla.tpu import Chip, lookup_seconds, near_lookup_seconds, near_update_seconds, sort_seconds, update_seconds
+from dlrm_xla.tpu import (
+    SCATTER_WINDOW_BYTES,
+    Chip,
+    lookup_seconds,
+    near_lookup_seconds,
+    near_update_seconds,
+    sort_seconds,
+    storage_bytes,
+    update_seconds,
+)
 
 # A vector register of 8 x 128 numbers of 32 bits is read and one is written per cycle.
 REGISTER_BYTES = 8 * 128 * 4
@@ -50,28 +59,28 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     """Time of an operation that the compiler gives no count.
 
     A gather or scatter of lines: `dlrm_xla.tpu.lookup_seconds` and `update_seconds` in HBM, `near_lookup_seconds` and
-    `near_update_seconds` on the chip; a sort: `sort_seconds`.
+    `near_update_seconds` on the chip, or what moves beside them where that takes longer; a sort: `sort_seconds`.
     Any other: bytes in HBM over its bandwidth, or bytes on the chip at one vector register per cycle. Latency is not in
     it; neither is overlap.
     """
     operation = executed.operation
     kinds = module.inside(operation)
     operands, results = module.operands(operation), operation.results
-    if "scatter" in kinds or "gather" in kinds:
-        large = max((*operands, *results), key=lambda a: a.numbers)
+    if kind := next((kind for kind in ("scatter", "gather") if kind in kinds), ""):
+        part = next(p for p in module.parts(operation) if p.kind == kind)
+        array = _array(module, operation, part)
         # A map from ids to rows is of integers too; ids may be more than what a small table holds.
         integers = [a for a in operands if a.dtype in ("s32", "u32")]
-        rows = max((a.numbers for a in [a for a in integers if a is not large] or integers), default=0)
-        width = large.dims[-1] if len(large.dims) > 1 else 1
-        if large.space and "scatter" in kinds:
-            by_order = operation.name.startswith("scatter_custom")
-            return executed.times * near_update_seconds(chip, rows, width, is_sorted=by_order)
-        if large.space:
-            return executed.times * near_lookup_seconds(chip, rows, width)
-        if "scatter" not in kinds:
-            return executed.times * lookup_seconds(chip, rows, width)
-        is_sorted = "indices_are_sorted=true" in module.text_inside(operation)
-        return executed.times * update_seconds(chip, rows, large.dims, is_sorted=is_sorted)
+        rows = max((a.numbers for a in [a for a in integers if a is not array] or integers), default=0)
+        width = array.dims[-1] if len(array.dims) > 1 else 1
+        moved = sum(a.bytes for a in (*operands, *results) if a.space == 0) / chip.hbm_bytes_per_second
+        by_order = "indices_are_sorted=true" in part.line
+        if kind == "gather":
+            near = near_lookup_seconds(chip, rows, width)
+            return executed.times * (max(near, moved) if array.space else lookup_seconds(chip, rows, width))
+        if array.space or (not by_order and storage_bytes(array.dims) <= SCATTER_WINDOW_BYTES[chip.name]):
+            return executed.times * max(near_update_seconds(chip, rows, width, is_sorted=by_order), moved)
+        return executed.times * update_seconds(chip, rows, array.dims, is_sorted=by_order)
     if "sort" in kinds:
         return executed.times * sort_seconds(chip, max(a.numbers for a in results))
     if kinds & {"dynamic-update-slice", "dynamic-slice"}:
@@ -87,6 +96,16 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     hbm = sum(a.bytes for a in arrays if a.space == 0)
     chip_bytes = sum(a.bytes for a in arrays if a.space)
     return executed.times * max(hbm / chip.hbm_bytes_per_second, chip_bytes / REGISTER_BYTES / 2 / chip.clock_hz)
+
+
+def _array(module: Module, operation: Operation, part: Operation) -> Array:
+    """What an operation reads rows of, or writes them to, for its gather or scatter ``part``; lookups may be larger."""
+    if part.kind == "scatter":
+        return max(operation.results, key=lambda a: a.numbers)
+    read = module.operands(part)[:1] or module.operands(operation)
+    # As it comes in, for only there it is said which memory it is in.
+    outside = [a for a in module.operands(operation) if a.numbers == read[0].numbers]
+    return max(outside or module.operands(operation), key=lambda a: a.space)
 
 
 def _exchanges(module: Module, operation: Operation) -> bool:

@@ -248,6 +248,8 @@ _UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
 _NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 1.9, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
 _NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 6.2}
 _NEAR_SORTED_UPDATE_CYCLES = {"v4": 11.3, "v5e": 8.8, "v5p": 8.8, "v6e": 8.3, "tpu7x": 8.3}
+# A kernel that scatters brings an array of up to so many bytes whole to the chip, by itself; of a larger one windows.
+SCATTER_WINDOW_BYTES = {"v4": 15_306_752, "v5e": 15_306_752, "v5p": 15_306_752, "v6e": 31_666_176, "tpu7x": 31_666_176}
 _SORT_CYCLES = {"v4": 1.9, "v5e": 2.3, "v5p": 0.6, "v6e": 1.0, "tpu7x": 1.0}
 
 

@@ -137,6 +137,44 @@ def test_a_map_is_looked_up_number_by_number_and_a_part_brought_as_a_part():
     assert seconds["slice-start"] == 2000 * 512 / v5e.hbm_bytes_per_second  # the part alone
 
 
+SCATTERS_MODULE = """HloModule step, is_scheduled=true
+
+%into_small (p.0: f32[5925,128], p.1: s32[589824], p.2: f32[589824,128]) -> f32[5925,128] {
+  %p.0 = f32[5925,128]{1,0:T(8,128)SPACE} parameter(0)
+  %p.1 = s32[589824]{0:T(1024)} parameter(1)
+  %p.2 = f32[589824,128]{1,0:T(8,128)} parameter(2)
+  ROOT %scatter.1 = f32[5925,128]{1,0:T(8,128)SPACE} scatter(%p.0, %p.1, %p.2), to_apply=%sum
+}
+
+%from_small (p.3: f32[5925,128], p.4: s32[589824]) -> f32[589824,128] {
+  %p.3 = f32[5925,128]{1,0:T(8,128)SPACE} parameter(0)
+  %p.4 = s32[589824]{0:T(1024)} parameter(1)
+  ROOT %gather.1 = f32[589824,128]{1,0:T(8,128)} gather(%p.3, %p.4)
+}
+
+ENTRY %main (small: f32[5925,128], ids: s32[589824], rows: f32[589824,128], large: f32[600000,128]) -> f32[5925,128] {
+  %small = f32[5925,128]{1,0:T(8,128)SPACE} parameter(0)
+  %ids = s32[589824]{0:T(1024)} parameter(1)
+  %rows = f32[589824,128]{1,0:T(8,128)} parameter(2)
+  %large = f32[600000,128]{1,0:T(8,128)} parameter(3)
+  %found = f32[589824,128]{1,0:T(8,128)} fusion(%small, %ids), kind=kCustom, calls=%from_small
+  %far = f32[600000,128]{1,0:T(8,128)} scatter(%large, %ids, %rows), to_apply=%sum
+  ROOT %near = f32[5925,128]{1,0:T(8,128)SPACE} fusion(%small, %ids, %rows), kind=kCustom, calls=%into_small
+}
+"""
+
+
+@pytest.mark.parametrize("space", ["", "S(1)"])
+def test_a_small_array_that_more_rows_are_scattered_to_is_not_a_large_one(space):
+    """The kernel brings it to the chip whole: 7.1 bundles for each of 589,824 rows to 5,925 lines, not 65."""
+    module = hlo.read(SCATTERS_MODULE.replace("SPACE", space))
+    v5e = CHIPS["v5e"]
+    seconds = {e.operation.name: step_cost.modelled_seconds(module, e, v5e) for e in module.schedule}
+    assert seconds["near"] == pytest.approx(589_824 * 7.2 / v5e.clock_hz)
+    assert seconds["far"] == pytest.approx(589_824 * 65 / v5e.clock_hz)
+    assert seconds["found"] == pytest.approx(589_824 * (1.9 if space else 5.3) / v5e.clock_hz)
+
+
 CHIPS_MODULE = """HloModule step, is_scheduled=true
 
 %all-reduce-scatter (input: f32[2048,26,16]) -> f32[512,26,16] {
