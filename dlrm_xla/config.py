@@ -102,6 +102,9 @@ class Config:
     near_bytes: int = _setting(
         -1, "bytes of small tables that a TPU is to keep on the chip; -1: the device's own", flag=False
     )
+    codebook_rows: int = _setting(
+        -1, "plugins' arrays up to this are multiplied with one-hot ids; -1: the device's own", flag=False
+    )
     micro_batches: int = _setting(1, "parts of a batch whose gradients are accumulated", flag=False)
     row_weight_decay: float = _setting(0.0, "L2 on the rows that a step looks up", flag=False)
     row_state: Literal["fp32", "bf16"] = _setting("fp32", "type of the row optimizer's state", flag=False)

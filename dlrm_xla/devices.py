@@ -70,8 +70,9 @@ class RowAccess:
     0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``: arrays may be files
     mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed so where nothing
     else was asked for. ``near_bytes``: the smallest tables, up to so many bytes in all, are arrays apart from the
-    others, for there is memory near the processor that a compiler keeps them in. ``chips`` share arrays of sparse
-    placement, where there are several.
+    others, for there is memory near the processor that a compiler keeps them in. ``codebook_rows``: arrays of a plugin
+    of up to so many rows are multiplied with one-hot ids (`dlrm_xla.codebooks`), of twice as many where ids are few.
+    ``chips`` share arrays of sparse placement, where there are several.
     """
 
     description: str
@@ -87,6 +88,7 @@ class RowAccess:
     matmul_rows: int = 0
     dense_rows: int = 0
     near_bytes: int = 0
+    codebook_rows: int = 0
     chips: Chips | None = None
 
     @property
@@ -360,13 +362,15 @@ def _xla() -> Device:
         lanes=128,
         rounds_matmul=True,
         near_bytes=_near_bytes(chips.count if chips else 1),
+        codebook_rows=16_384,
         chips=chips,
     )
     rows, memory = tpu, 0.0
     compile: Callable[[Step, str], Step] = RecordedStep
     if kind == "CPU":
         compile = _in_memory_kept(RecordedStep)
-        rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False, near_bytes=0)
+        rows = replace(tpu, description="XLA's CPU backend", lanes=0, rounds_matmul=False)
+        rows = replace(rows, near_bytes=0, codebook_rows=0)
         memory = machine_memory()
     else:
         memory = _chip_memory(lambda: torch_xla.core.xla_model.get_memory_info(device)["bytes_limit"])

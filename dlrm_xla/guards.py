@@ -33,6 +33,7 @@ _ROUNDING = {
     "matmul_rows",
     "dense_rows",
     "near_bytes",
+    "codebook_rows",
     "micro_batches",
     "row_files",
     "row_kernels",

@@ -391,8 +391,8 @@ def one_hot_product(ids_N: Tensor, rows_RD: Tensor, device: Device) -> Tensor:
 
 
 def one_hot(ids_N: Tensor, num_rows: int) -> Tensor:
-    """[N, R] float32 with a 1 at each id."""
-    return (ids_N.unsqueeze(1) == torch.arange(num_rows, dtype=ids_N.dtype, device=ids_N.device)).float()
+    """[N, R] float32 with a 1 at each id; -1 is none. More dimensions in front stay."""
+    return (ids_N.unsqueeze(-1) == torch.arange(num_rows, dtype=ids_N.dtype, device=ids_N.device)).float()
 
 
 def matmul_parts(values: Tensor, device: Device) -> list[Tensor]:

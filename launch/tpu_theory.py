@@ -191,6 +191,7 @@ def families() -> dict[str, Any]:
     import torch_xla.core.xla_model as xm
     from tpu_programs import compile_stablehlo
 
+    from dlrm_xla.codebooks import most_rows, multiply_codebooks
     from dlrm_xla.contract import Table
     from dlrm_xla.devices import open_device
     from dlrm_xla.registry import compose, parse
@@ -217,6 +218,7 @@ def families() -> dict[str, Any]:
             try:
                 with torch.device("meta"):
                     bag = compose(parse("" if spec == "exact" else spec), Packed)(Table("t", rows, 16)).eval()
+                multiply_codebooks(bag, most_rows(device.planned, 4096))
                 held = dict(bag.named_parameters()) | dict(bag.named_buffers())
                 placed = {n: builder.create_placeholder_tensor(tuple(t.shape), t.dtype) for n, t in held.items()}
                 ids_BL = builder.create_placeholder_tensor((4096, 1), torch.int32)

@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_xla
+from dlrm_xla_plugins import multiplied_trains
 from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
+from torch import nn
 
 from dlrm_xla import registry
+from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.plan import bytes_kept
+from dlrm_xla.row_rules import RowSettings
+from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
 from dlrm_xla.testing import BagContract
 from dlrm_xla.trained_rows import TrainedRows
@@ -87,38 +92,57 @@ def test_tensor_train_from_a_table_by_tensorly(rows, dim, backend):
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 5), (40, 5), (40, 100), (64, 1), (333, 21)])
-def test_grouped_products_are_those_of_single_lookups_with_their_gradients(count, rows):
-    torch.manual_seed(0)
-    cores = [torch.randn(rows, 2, 3), torch.randn(rows, 3, 4 * 3), torch.randn(rows, 3, 2)]
-    cores = [c.double().requires_grad_() for c in cores]
-    digits = [(torch.rand(count) ** 3 * rows).to(torch.int32) for _ in cores]  # skewed, with duplicates
-    first, second, third = (core[i.long()] for core, i in zip(cores, digits, strict=True))
-    expected = ((first @ second).view(count, 8, 3) @ third).flatten(1)
-    found = train_rows(cores, digits)
-    torch.testing.assert_close(found, expected)
-    grad = torch.randn_like(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, cores, grad), torch.autograd.grad(expected, cores, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(("count", "rows"), [(1, 5), (40, 5), (40, 100), (64, 1), (333, 21)])
-def test_products_of_distinct_ids_are_those_of_single_lookups_with_their_gradients(count, rows):
+@pytest.mark.parametrize("way", ["grouped", "distinct", "slices", "crossed", "groups on a matrix unit"])
+def test_trains_of_many_lookups_are_those_of_single_ones_with_their_gradients(way, count, rows, monkeypatch):
     torch.manual_seed(0)
     cores = [torch.randn(rows, 2, 3), torch.randn(rows, 3, 4 * 3), torch.randn(rows, 3, 2)]
     cores = [c.double().requires_grad_() for c in cores]
     ids = (torch.rand(count) ** 3 * rows**3).to(torch.int32)  # skewed, with duplicates
-    digits = np.unravel_index(ids.numpy(), (rows, rows, rows))
-    first, second, third = (core[torch.from_numpy(i)] for core, i in zip(cores, digits, strict=True))
+    digits = [torch.from_numpy(i).int() for i in np.unravel_index(ids.numpy(), (rows, rows, rows))]
+    first, second, third = (core[i.long()] for core, i in zip(cores, digits, strict=True))
     expected = ((first @ second).view(count, 8, 3) @ third).flatten(1)
-    found = distinct_rows(cores, ids)
+    if way == "grouped":
+        found = train_rows(cores, digits)
+    elif way == "distinct":
+        found = distinct_rows(cores, ids)
+    else:
+        kind = {"slices": "_Slices", "crossed": "_Crossed"}.get(way, "_Grouped")
+        monkeypatch.setattr(multiplied_trains, "_middle", lambda *cores: getattr(multiplied_trains, kind))
+        found = multiplied_trains.multiplied_rows(cores, digits)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
     for ours, theirs in zip(
         torch.autograd.grad(found, cores, grad), torch.autograd.grad(expected, cores, grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("tensorly_tt:rank=2", "tensorly_tt:rank=8", "tensorly_cp", "tensorly_cp:rank=8,block=true"),
+        *("tensorly_tucker", "tensorly_tucker:rank=3,block=true", "cce", "pq", "hot_cold:hot=20+tensorly_tt"),
+    ],
+)
+def test_codebooks_that_are_multiplied_give_what_gathered_ones_do(spec):
+    found = []
+    for rows in (0, 10_000):
+        model = nn.Module()
+        torch.manual_seed(0)
+        model.bag = registry.compose(registry.parse(spec), RowTable)(Table("t", 3001, 10))
+        RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.1, codebook_rows=rows)
+        told = [m for m in model.modules() if isinstance(m, CodebookBag)]
+        assert told
+        assert all(m.codebook_rows == rows for m in told)
+        draw = torch.Generator().manual_seed(1)
+        ids_BL = (torch.rand(64, 3, generator=draw) ** 2 * 3001).int()
+        out_BD = model.bag(ids_BL, torch.rand(64, 3, generator=draw))
+        torch.autograd.backward((out_BD * torch.randn(64, 10, generator=draw)).sum())
+        found.append([out_BD, *(p.grad for p in model.parameters())])
+    assert len(found[0]) > 1
+    assert found[0][1].abs().sum() > 0
+    for multiplied, gathered in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(multiplied, gathered, atol=1e-5, rtol=1e-4)
 
 
 def test_tensor_train_never_builds_the_table():
@@ -245,18 +269,18 @@ def test_cce_clusters_ids_of_like_vectors(rows):
     with torch.no_grad():
         for hashed in bag.hashed:
             hashed.zero_()  # so that there are no more vectors than clusters
-    before, codes, other = _rows(bag, 1000), bag.codes.clone(), bag._hash(torch.arange(1000), 0)
+    before, codes, other = _rows(bag, 1000), [bag.codes(k).clone() for k in range(2)], bag._hash(torch.arange(1000), 0)
     bag.refresh()
     # Every vector is found again but for clusters that k-means starts in one place.
     assert (_rows(bag, 1000) - before).norm() < 0.2 * before.norm()
     for k in range(2):
-        pairs = torch.stack([codes[:, k].int(), bag.codes[:, k].int()], 1).unique(dim=0)
-        assert len(pairs) == len(codes[:, k].unique()), "ids of one vector are in one cluster"
+        pairs = torch.stack([codes[k].int(), bag.codes(k).int()], 1).unique(dim=0)
+        assert len(pairs) == len(codes[k].unique()), "ids of one vector are in one cluster"
     assert not torch.equal(bag._hash(torch.arange(1000), 0), other), "the second hash is another one"
     twin = _made(f"cce:rows={rows},columns=2", Table("t", 1000, 6))
     twin.load_state_dict(bag.state_dict())
     bag.refresh(), twin.refresh()
-    assert torch.equal(twin.codes, bag.codes), "the same from the same state"
+    assert all(torch.equal(twin.codes(k), bag.codes(k)) for k in range(2)), "the same from the same state"
 
 
 def test_srht_rows_are_orthogonal_signs():

@@ -1,5 +1,7 @@
 """Steps of a whole model: ids are checked, batches may be split, rows find their way back into a model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import needs_xla
 
 from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, arranged, unpack
+from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
@@ -158,6 +161,28 @@ def test_small_tables_in_an_array_of_their_own_train_alike(device):
     assert found[0][1].keys() == found[1][1].keys()
     for name, rows in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], rows, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(8, 200), (4096, 100)])
+def test_a_device_multiplies_longer_codebooks_where_ids_are_few(batch_size, rows):
+    cpu = open_device("cpu")
+    device = replace(cpu, rows=replace(cpu.rows, codebook_rows=100))
+    config, _ = resolve({"preset": "kaggle", "batch_size": batch_size}, None)
+    steps = Steps(_model("tensorly_cp"), BAGS, device, config)
+    assert {m.codebook_rows for m in steps.model.modules() if isinstance(m, CodebookBag)} == {rows}
+
+
+@needs_xla
+@pytest.mark.parametrize("spec", ["tensorly_tt:rank=2", "tensorly_tt:rank=40", "tensorly_cp", "tensorly_tucker", "cce"])
+def test_a_step_on_xla_that_multiplies_codebooks_is_that_of_a_cpu_that_gathers(spec):
+    found = []
+    for device, rows in (("cpu", 0), ("xla", 10_000)):
+        steps = _steps(device, _model(spec), dense_optimizer="sgd", dense_lr=0.1, codebook_rows=rows)
+        for number in range(3):
+            steps.train(_batch(number), number)
+        found.append(_everything(steps))
+    for name, values in found[0].items():
+        torch.testing.assert_close(found[1][name], values, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["plain", "weighted", "lengths of this batch"])

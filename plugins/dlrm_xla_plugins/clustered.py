@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla_plugins import hashes
 
@@ -37,10 +38,9 @@ def cce(table: Table, inner: MakeBag, *, rows: int = 256, columns: int = 2) -> n
     return ClusteredBag(table, min(rows, table.num_rows), columns)
 
 
-class ClusteredBag(nn.Module):
+class ClusteredBag(CodebookBag):
     """Embedding bag of ``cce``; (ids_BL, weights_BL) -> out_BD."""
 
-    codes: Tensor
     shift: Tensor
 
     def __init__(self, table: Table, rows: int, columns: int) -> None:
@@ -53,19 +53,25 @@ class ClusteredBag(nn.Module):
             nn.ParameterList(torch.empty(rows, width).normal_(std=std) for width in self.widths) for _ in range(2)
         )
         ids = torch.arange(table.num_rows, dtype=torch.int32)
-        codes = torch.stack([hashes.bucket(ids, rows, 2 * k) for k in range(columns)], 1)
-        self.register_buffer("codes", codes.to(torch.uint8 if rows <= 256 else torch.int16))
+        for k in range(columns):
+            # An array for each column: of one with a line an id a TPU makes one of a column a line at every step.
+            codes_R = hashes.bucket(ids, rows, 2 * k).to(torch.uint8 if rows <= 256 else torch.int16)
+            self.register_buffer(f"codes{k}", codes_R)
         # Added to ids before they are hashed, so that each clustering changes the hash without changing the graph.
         self.register_buffer("shift", torch.zeros(1, dtype=torch.int32))
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         ids_N = ids_BL.reshape(-1)
-        codes_NC = self.codes.index_select(0, ids_N).to(torch.int32)
         parts = [
-            clusters.index_select(0, codes_NC[:, k]) + hashed.index_select(0, self._hash(ids_N, k))
+            self.chosen(clusters, self.codes(k).index_select(0, ids_N).to(torch.int32))
+            + self.chosen(hashed, self._hash(ids_N, k))
             for k, (clusters, hashed) in enumerate(zip(self.clusters, self.hashed, strict=True))
         ]
         return (torch.cat(parts, 1) * weights_BL.reshape(-1, 1)).view(*ids_BL.shape, -1).sum(1)
+
+    def codes(self, column: int) -> Tensor:
+        """The cluster of each id in a column [R]."""
+        return self.get_buffer(f"codes{column}")
 
     def _hash(self, ids_N: Tensor, column: int) -> Tensor:
         return hashes.bucket(ids_N + self.shift, self.rows, 2 * column + 1)
@@ -74,16 +80,18 @@ class ClusteredBag(nn.Module):
         """Clusters the vectors of all ids anew; the same from the same state, on the host."""
         from sklearn.cluster import MiniBatchKMeans
 
-        shift, old_codes = self.shift.cpu(), self.codes.cpu()
+        shift = self.shift.cpu()
         ids_R = torch.arange(self.table.num_rows, dtype=torch.int32)
         rng = np.random.default_rng(int(shift) % 2**32)
-        codes = torch.empty_like(old_codes)
         for k, (clusters, hashed) in enumerate(zip(self.clusters, self.hashed, strict=True)):
-            centres, second = clusters.detach().cpu(), hashed.detach().cpu()
+            centres, second, old_R = clusters.detach().cpu(), hashed.detach().cpu(), self.codes(k).cpu()
+            codes_R = torch.empty_like(old_R)
 
-            def vectors(ids: Tensor, k: int = k, centres: Tensor = centres, second: Tensor = second) -> np.ndarray:
+            def vectors(
+                ids: Tensor, k: int = k, centres: Tensor = centres, second: Tensor = second, old_R: Tensor = old_R
+            ) -> np.ndarray:
                 other = hashes.bucket(ids + shift, self.rows, 2 * k + 1)
-                found: np.ndarray = (centres[old_codes[ids.long(), k].long()] + second[other.long()]).numpy()
+                found: np.ndarray = (centres[old_R[ids.long()].long()] + second[other.long()]).numpy()
                 return found
 
             count = min(self.table.num_rows, SAMPLE * self.rows)
@@ -101,10 +109,10 @@ class ClusteredBag(nn.Module):
             means.fit(vectors(sample))
             for start in range(0, self.table.num_rows, CHUNK):
                 assigned = torch.from_numpy(means.predict(vectors(ids_R[start : start + CHUNK])))
-                codes[start : start + CHUNK, k] = assigned.to(codes.dtype)
+                codes_R[start : start + CHUNK] = assigned.to(codes_R.dtype)
             _put(clusters, torch.from_numpy(means.cluster_centers_.astype(np.float32)))
             _put(hashed, torch.zeros_like(second))
-        _put(self.codes, codes)
+            _put(self.codes(k), codes_R)
         _put(self.shift, hashes.mixed(shift + 1))
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.compression import set_table
 from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
 from dlrm_xla.rows import RowTable
@@ -34,7 +35,7 @@ def pq(table: Table, inner: MakeBag, *, bits: int = 4, width: int = 2) -> nn.Mod
     return ProductBag(bag, table, bits, width)
 
 
-class ProductBag(ComposedBag):
+class ProductBag(ComposedBag, CodebookBag):
     """Weighted sum of rows put together from centroids; (ids_BL, weights_BL) -> out_BD."""
 
     def __init__(self, bag: nn.Module, table: Table, bits: int, width: int) -> None:
@@ -63,10 +64,8 @@ class ProductBag(ComposedBag):
         distance_PNK = fixed_PKW.square().sum(2).unsqueeze(1) - 2 * torch.bmm(
             rows_NPW.transpose(0, 1), fixed_PKW.transpose(1, 2)
         )
-        first_P = torch.arange(self.parts, dtype=torch.int32, device=rows_ND.device) << self.bits
-        places_NP = distance_PNK.argmin(2).to(torch.int32).t() + first_P
-        chosen = self.centroids.flatten(0, 1).index_select(0, places_NP.reshape(-1))
-        return chosen.view(-1, self.parts * self.width)[:, : self.table.dim]
+        chosen_PNW = self.chosen(self.centroids, distance_PNK.argmin(2).to(torch.int32))
+        return chosen_PNW.transpose(0, 1).flatten(1)[:, : self.table.dim]
 
     def set_table(self, rows: TrainedRows) -> None:
         """Centroids by k-means of each part, on a sample where there are many rows; rows as they are."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.errors import UserError
 from dlrm_xla.ids import divide_ids
@@ -66,7 +67,7 @@ def unit_factor(num_rows: int, rank: int) -> nn.Parameter:
     return nn.Parameter(factor / factor.square().mean(0).sqrt())
 
 
-class _DigitFactors(nn.Module):
+class _DigitFactors(CodebookBag):
     """Factors [n_k, rank] of the three digits of a row number, and the rows of each that a lookup needs."""
 
     def __init__(self, table: Table, rank: int, scale: float) -> None:
@@ -97,9 +98,9 @@ class _DigitFactors(nn.Module):
         _, n2, n3 = self.rows
         i12_N = divide_ids(ids_N, n3)
         return (
-            self.factor1.index_select(0, divide_ids(i12_N, n2)),
-            self.factor2.index_select(0, i12_N % n2),
-            self.factor3.index_select(0, ids_N % n3),
+            self.chosen(self.factor1, divide_ids(i12_N, n2)),
+            self.chosen(self.factor2, i12_N % n2),
+            self.chosen(self.factor3, ids_N % n3),
         )
 
     def extra_repr(self) -> str:

@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.distinct_trains import distinct_rows, has_values
 from dlrm_xla_plugins.grouped_trains import train_rows
+from dlrm_xla_plugins.multiplied_trains import multiplied_rows
 
 # Numbers in a slice of the middle core from which on grouping pays: forward and backward of 2048 lookups take 4.3
 # against 5.4 ms at 256 (rank 8), 3.9 against 2.2 at 16 (rank 2), on two cores.
@@ -73,7 +75,7 @@ def first_digit_scales(rows: TrainedRows, radices: tuple[int, int, int]) -> NDAr
     return scales
 
 
-class TensorTrainBag(nn.Module):
+class TensorTrainBag(CodebookBag):
     """Embedding bag whose rows are tensor-train products; (ids_BL, weights_BL) -> out_BD.
 
     Cores start normal with the variance that gives the product the table's ``start_std``: a number of a row is a
@@ -99,14 +101,17 @@ class TensorTrainBag(nn.Module):
         cores = self.core1, self.core2, self.core3
         # Groups have a size for each number of lookups; an exported program takes any number.
         grouped = self.rank**2 * d2 >= GROUPED and not torch.compiler.is_exporting()
-        if grouped and has_values(ids_N):
+        multiplied = max(self.rows) <= self.codebook_rows
+        if grouped and not multiplied and has_values(ids_N):
             rows_ND = distinct_rows(cores, ids_N)
         else:
             i3_N = ids_N % n3
             i12_N = divide_ids(ids_N, n3)
             i2_N = i12_N % n2
             i1_N = divide_ids(i12_N, n2)
-            if grouped:
+            if multiplied:
+                rows_ND = multiplied_rows(cores, (i1_N, i2_N, i3_N))
+            elif grouped:
                 rows_ND = train_rows(cores, (i1_N, i2_N, i3_N))
             else:
                 first = self.core1.index_select(0, i1_N)
