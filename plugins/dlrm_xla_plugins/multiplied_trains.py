@@ -155,10 +155,11 @@ def _first_blocks(first: Tensor, groups: Groups) -> Tensor:
 
 def _slices(core: Tensor, at_N: Tensor, swapped: bool = False) -> Tensor:
     """Slices [a, b, N] of a core [R, a, b], or [b, a, N]."""
-    if swapped:
-        core = core.transpose(1, 2)
-        return (core.flatten(1).t() @ _hot(at_N, core).t()).view(*core.shape[1:], -1)
-    return torch.einsum("rab,nr->abn", core, _hot(at_N, core))
+    if not swapped:
+        return torch.einsum("rab,nr->abn", core, _hot(at_N, core))
+    # Another one-hot matrix, or a compiler keeps the forward step's slices and adds up over their second dimension.
+    rows_R1 = torch.arange(len(core), dtype=at_N.dtype, device=at_N.device).unsqueeze(1)
+    return torch.einsum("rab,rn->ban", core, (rows_R1 == at_N).to(core.dtype))
 
 
 def _summed(grads_ABN: Tensor, at_N: Tensor, core: Tensor) -> Tensor:
