@@ -78,8 +78,9 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
         if kind == "gather":
             near = near_lookup_seconds(chip, rows, width)
             return executed.times * (max(near, moved) if array.space else lookup_seconds(chip, rows, width))
-        if array.space or (not by_order and storage_bytes(array.dims) <= SCATTER_WINDOW_BYTES[chip.name]):
-            return executed.times * max(near_update_seconds(chip, rows, width, is_sorted=by_order), moved)
+        whole = storage_bytes(array.dims) <= SCATTER_WINDOW_BYTES[chip.name]
+        if array.space or whole:  # whose ids need no order
+            return executed.times * max(near_update_seconds(chip, rows, width, is_sorted=not whole), moved)
         return executed.times * update_seconds(chip, rows, array.dims, is_sorted=by_order)
     if "sort" in kinds:
         return executed.times * sort_seconds(chip, max(a.numbers for a in results))

@@ -148,7 +148,7 @@ def on_chip() -> dict[str, Any]:
     for chip in CHIPS.values():
         if chip.name == "tpu7x":  # whose SparseCores take what is large, and show no program
             continue
-        for lines, rows in ((1_070, 28_672), (8_960, 28_672), (71_162, 43_008)):
+        for lines, rows in ((1_070, 28_672), (8_960, 28_672), (71_162, 43_008), (5_925, 589_824)):
             shapes = [((lines, 128), jnp.float32), ((rows,), jnp.int32), ((rows, 128), jnp.float32)]
             for name, function, given, donated in (("lookup", gather, shapes[:2], []), ("update", update, shapes, [0])):
                 program = compile_for(chip, function, given, donated)
