@@ -1,4 +1,4 @@
-"""Tensor trains for a matrix unit: slices of the cores are chosen by one-hot products, with no scatter.
+"""Tensor trains for a matrix unit: slices of small cores are chosen, and their gradients added up, by one-hot products.
 
 Lookups are the last dimension, in a TPU's lanes. So a product with a one-hot matrix gives the slices as they are
 wanted, and what is left are products of numbers side by side, one for each lookup, added up over the first dimension:
