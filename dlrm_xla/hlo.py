@@ -105,11 +105,7 @@ class Module:
 
     def inside(self, operation: Operation) -> set[str]:
         """Kinds of operations in what an operation calls, or its own."""
-        kinds = {operation.kind} if operation.kind != "fusion" else set()
-        for called in operation.calls:
-            for part in self.computations.get(called, ()):
-                kinds |= self.inside(part)
-        return kinds
+        return {part.kind for part in self.parts(operation)} - {"fusion"}
 
     def parts(self, operation: Operation) -> Iterator[Operation]:
         """An operation and what it calls."""

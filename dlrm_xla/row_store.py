@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dlrm_xla import fbgemm_rows
 from dlrm_xla.bags import Arranged, BagCollection
-from dlrm_xla.codebooks import multiply_codebooks
 from dlrm_xla.config import Config, RowKernels
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device, RowAccess
@@ -51,7 +50,6 @@ class RowStore:
         ranks: Ranks = ALONE,
         near_bytes: int = 0,
         step_ids: int = 0,
-        codebook_rows: int = 0,
     ) -> None:
         self._ranks = ranks
         self._learning_rate = learning_rate
@@ -68,7 +66,6 @@ class RowStore:
         self.stacks = [RowStack(tables, device, placement, near) for placement, near, tables in groups]
         of_module = {module: f"{name}.weight".removeprefix(".") for name, module in members}
         self._names = [[of_module[table] for table in tables] for *_, tables in groups]
-        multiply_codebooks(model, codebook_rows)
         for module in model.modules():
             if isinstance(module, BagCollection):
                 module.group()

@@ -66,21 +66,20 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     operation = executed.operation
     kinds = module.inside(operation)
     operands, results = module.operands(operation), operation.results
-    if kind := next((kind for kind in ("scatter", "gather") if kind in kinds), ""):
-        part = next(p for p in module.parts(operation) if p.kind == kind)
+    if part := next((p for kind in ("scatter", "gather") for p in module.parts(operation) if p.kind == kind), None):
         array = _array(module, operation, part)
         # A map from ids to rows is of integers too; ids may be more than what a small table holds.
         integers = [a for a in operands if a.dtype in ("s32", "u32")]
         rows = max((a.numbers for a in [a for a in integers if a is not array] or integers), default=0)
         width = array.dims[-1] if len(array.dims) > 1 else 1
         moved = sum(a.bytes for a in (*operands, *results) if a.space == 0) / chip.hbm_bytes_per_second
-        by_order = "indices_are_sorted=true" in part.line
-        if kind == "gather":
+        if part.kind == "gather":
             near = near_lookup_seconds(chip, rows, width)
             return executed.times * (max(near, moved) if array.space else lookup_seconds(chip, rows, width))
         whole = storage_bytes(array.dims) <= SCATTER_WINDOW_BYTES[chip.name]
         if array.space or whole:  # whose ids need no order
             return executed.times * max(near_update_seconds(chip, rows, width, is_sorted=not whole), moved)
+        by_order = "indices_are_sorted=true" in part.line
         return executed.times * update_seconds(chip, rows, array.dims, is_sorted=by_order)
     if "sort" in kinds:
         return executed.times * sort_seconds(chip, max(a.numbers for a in results))

@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, Source, arranged, unpack
-from dlrm_xla.codebooks import most_rows
+from dlrm_xla.codebooks import most_rows, multiply_codebooks
 from dlrm_xla.config import Config
 from dlrm_xla.contract import Refreshed
 from dlrm_xla.dense_optim import dense_optimizer
@@ -93,12 +93,11 @@ class Steps:
             near, ids = config.near_bytes, 0
             if near < 0:  # the device's own, and that only where it helps
                 near, ids = device.rows.near_bytes, config.batch_size * sum(bag_lengths)
-            codebooks = config.codebook_rows
-            if codebooks < 0:
-                codebooks = most_rows(device.rows, config.batch_size * max(bag_lengths) // device.rows.num_chips)
             self.rows = RowStore(
-                model, device, settings, config.row_lr, place, files, config.row_kernels, ranks, near, ids, codebooks
+                model, device, settings, config.row_lr, place, files, config.row_kernels, ranks, near, ids
             )
+        most = most_rows(device.rows, config.batch_size * max(bag_lengths) // device.rows.num_chips)
+        multiply_codebooks(model, most if config.codebook_rows < 0 else config.codebook_rows)
         self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
         self._names_F = [t.name for t in model.tables]
         own = {name for name, _ in model.bags.named_parameters(prefix="bags")}

@@ -71,7 +71,6 @@ def _check_parts(config: Config, ranks: Ranks) -> None:
         ),
         "placement, matmul_rows, dense_rows, near_bytes: take sharding": bool(config.placement)
         or max(config.matmul_rows, config.dense_rows, config.near_bytes) > 0,
-        "codebook_rows: it is for a TPU": config.codebook_rows > 0,
     }
     if found := [line for line, bad in refused.items() if bad]:
         raise UserError(f"with several ranks there is no {'; no '.join(found)}.")

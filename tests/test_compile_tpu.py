@@ -361,7 +361,7 @@ def test_the_kaggle_step_keeps_to_its_cycles(chip, dim, optimizer, near_bytes, c
 @needs_xla
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("plugin", "ms"), [("tensorly_tt", 1.6), ("tensorly_cp", 1.6), ("tensorly_tucker", 1.0)])
+@pytest.mark.parametrize(("plugin", "ms"), [("tensorly_tt", 1.05), ("tensorly_cp", 1.6), ("tensorly_tucker", 1.0)])
 def test_tensor_decompositions_cost_about_what_exact_tables_do(plugin, ms, tmp_path, capsys):
     """By gathers and scatters of their cores they took 6.4, 8.4 and 9.7 ms on a v6e."""
     command = ["--chip", "v6e", "--preset", "kaggle", "--batch-size", "2048", "--plugin", plugin, "--ratio", "100"]

@@ -16,7 +16,7 @@ from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_ra
 from torch import nn
 
 from dlrm_xla import registry
-from dlrm_xla.codebooks import CodebookBag
+from dlrm_xla.codebooks import CodebookBag, multiply_codebooks
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.plan import bytes_kept
@@ -130,7 +130,8 @@ def test_codebooks_that_are_multiplied_give_what_gathered_ones_do(spec):
         model = nn.Module()
         torch.manual_seed(0)
         model.bag = registry.compose(registry.parse(spec), RowTable)(Table("t", 3001, 10))
-        RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.1, codebook_rows=rows)
+        RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.1)
+        multiply_codebooks(model, rows)
         told = [m for m in model.modules() if isinstance(m, CodebookBag)]
         assert told
         assert all(m.codebook_rows == rows for m in told)

@@ -15,11 +15,6 @@ from dlrm_xla.ids import divide_ids
 from dlrm_xla_plugins.grouped_trains import BLOCK, group
 
 
-def has_values(ids: Tensor) -> bool:
-    """Whether sizes may depend on these ids: on the CPU, and neither traced nor without data."""
-    return ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
-
-
 def distinct_rows(cores: tuple[Tensor, Tensor, Tensor], ids_N: Tensor) -> Tensor:
     """Rows [N, d1 d2 d3] of a tensor train of cores [n1, d1, r], [n2, r, d2 r], [n3, r, d3]."""
     rows_ND: Tensor = _DistinctRows.apply(*cores, ids_N)  # type: ignore[no-untyped-call]
