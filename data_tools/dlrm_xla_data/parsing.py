@@ -170,7 +170,9 @@ def _columns(table: Any, layout: Layout) -> Parsed:
         values = column.fill_null(0).to_numpy(zero_copy_only=False)
         with np.errstate(over="ignore"):  # what float32 does not hold is refused below
             if transform == "log1p":
-                dense[:, k] = np.log1p(np.maximum(values, 0).astype(np.float32))
+                # In float64, for numpy's float32 logarithm ends in another bit on another processor, and then the same
+                # log would be other data.
+                dense[:, k] = np.log1p(np.maximum(values, 0).astype(np.float32).astype(np.float64))
             else:
                 dense[:, k] = values
     if not np.isfinite(dense).all():
