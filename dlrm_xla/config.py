@@ -86,6 +86,9 @@ class Config:
     row_precision: Literal["fp32", "bf16"] = _setting(
         "fp32", "type of the tables; bf16 rounds each update up or down at random", flag=False
     )
+    cuda_graphs: Literal["on", "off"] = _setting(
+        "on", "record steps as CUDA graphs on --device cuda; off: queue their operations one by one"
+    )
     row_kernels: RowKernels = _setting(
         "own", "who looks rows up and updates them on cpu: own, or FBGEMM's kernels (docs/architecture.md)", flag=False
     )

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ class Counters:
 
     compiles: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A compiled step that holds on to places in memory."""
+
+    def forget(self) -> None:
+        """Has it find them anew, after a tensor was put elsewhere."""
 
 
 class Chips(Protocol):
@@ -66,6 +74,8 @@ class RowAccess:
     scatter leaves out ids past the array's end. ``adds_duplicates``: one that adds may have equal ids, and adds to
     each row in one order. ``sum_rows(rows, ids_N, starts_G, weights_N)`` gives the weighted sums [G, dim] of the rows
     of each group of neighbouring ids without laying the rows side by side, where the device can.
+    ``update_rows``, where there is one, does an optimizer's whole work on rows looked up, as
+    `dlrm_xla.cuda_rows.update_rows`.
     ``bits(tensor, type)`` reads bits as another type of the same size. ``lanes``: what the last dimension is padded to,
     0 for nothing. ``rounds_matmul``: matrix products cut bits off float32 factors. ``files``: arrays may be files
     mapped into memory. Tables of up to ``matmul_rows``, then up to ``dense_rows`` rows, are placed so where nothing
@@ -79,6 +89,7 @@ class RowAccess:
     gather: Callable[[Tensor, Tensor, int], Tensor]
     scatter: Callable[[Tensor, Tensor, Tensor, bool], None]
     sum_rows: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    update_rows: Callable[..., Tensor] | None = None
     bits: Callable[[Tensor, torch.dtype], Tensor] = torch.Tensor.view
     static_shapes: bool = False
     adds_duplicates: bool = False
@@ -115,7 +126,8 @@ class Device:
     ``place(module)`` moves a module there, ``place_rows(module)`` one of whose arrays each chip keeps a part,
     ``send(tensor)`` a part of a batch; ``write(tensor, values)`` sets a tensor there to one of the host.
     ``compile(step, name)`` makes a step run as the device runs it best: as `dlrm_xla.xla_steps.RecordedStep` on xla,
-    whose rules about a step hold for all, ``synchronize()`` waits for queued work, ``counters()`` reads the counts
+    whose rules about a step hold for all; ``optional_graphs``: a step runs without that too.
+    ``synchronize()`` waits for queued work, ``counters()`` reads the counts
     above, ``loud`` is a line that the user must not miss. ``capturable``: an optimizer must keep its step counts on the
     device.
 
@@ -141,6 +153,7 @@ class Device:
     write: Callable[[Tensor, Tensor], None]
     loud: str = ""
     capturable: bool = False
+    optional_graphs: bool = False
 
 
 def open_device(name: str, hosts: bool = False) -> Device:
@@ -287,13 +300,25 @@ def _cuda() -> Device:
         raise UserError(f"--device cuda: {built}. Check nvidia-smi and the torch build, or use --device cpu or xla.")
     description = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     device = torch.device("cuda")
+    from dlrm_xla.cuda_steps import CapturedStep
+
     rows = RowAccess("a GPU", _gather, _scatter, _sum_rows)
+    loud = ""
+    if importlib.util.find_spec("triton") is None:
+        loud = (
+            "Triton is not installed: torch's own operations look rows up and update them, at several times the bytes. "
+            "pip install triton in the version that this torch asks for"
+        )
+    else:
+        from dlrm_xla import cuda_rows as kernels
+
+        rows = RowAccess("a GPU", kernels.gather_rows, _scatter, kernels.sum_rows, kernels.update_rows)
     return Device(
         "cuda",
         device,
         description,
         lambda m: m.to(device),
-        _as_it_is,
+        CapturedStep,
         torch.cuda.synchronize,
         Counters,
         rows,
@@ -304,6 +329,9 @@ def _cuda() -> Device:
         lambda m: m.to(device),
         lambda t: t.to(device, non_blocking=True),
         _write,
+        loud,
+        capturable=True,
+        optional_graphs=True,
     )
 
 

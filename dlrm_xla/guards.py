@@ -37,6 +37,7 @@ _ROUNDING = {
     "micro_batches",
     "row_files",
     "row_kernels",
+    "cuda_graphs",
     "sharding",
 }
 _COURSE = {

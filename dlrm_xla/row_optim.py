@@ -29,6 +29,16 @@ def combine_lookups(ids_N: Tensor, lookups: Sequence[Lookup], access: RowAccess)
     those adds them up, and no gradient is ever written per slot.
     """
     assert access.sum_rows is not None
+    slots_N, weights_N, grads_GD = _slots(ids_N, lookups)
+    sorted_N, order_N = torch.sort(ids_N, stable=True)
+    ids_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
+    starts_U = counts_U.cumsum(0) - counts_U
+    slots_N, weights_N = (part.index_select(0, order_N) for part in (slots_N, weights_N))
+    return ids_U, access.sum_rows(grads_GD, slots_N, starts_U, weights_N)
+
+
+def _slots(ids_N: Tensor, lookups: Sequence[Lookup]) -> tuple[Tensor, Tensor, Tensor]:
+    """The bag and the weight of each slot of some lookups, and the gradients of their bags [G, D]."""
     grads, slots, weights, bags = [], [], [], 0
     for lookup in lookups:
         grads_GD, slot_bags_N, weights_N = lookup.bag_gradients()
@@ -39,11 +49,7 @@ def combine_lookups(ids_N: Tensor, lookups: Sequence[Lookup], access: RowAccess)
         weights.append(grads_GD.new_ones(count) if weights_N is None else weights_N)
         grads.append(grads_GD)
         bags += len(grads_GD)
-    sorted_N, order_N = torch.sort(ids_N, stable=True)
-    ids_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
-    starts_U = counts_U.cumsum(0) - counts_U
-    slots_N, weights_N = (_joined(parts).index_select(0, order_N) for parts in (slots, weights))
-    return ids_U, access.sum_rows(_joined(grads), slots_N, starts_U, weights_N)
+    return _joined(slots), _joined(weights), _joined(grads)
 
 
 def _without_padding(ids_N: Tensor, weights: Sequence[Tensor], end: int) -> Tensor:
@@ -105,8 +111,24 @@ class StackOptimizer(nn.Module):
         """The state arrays."""
         return [self.get_buffer(f"state{number}") for number in range(len(self.rule.states))]
 
+    def update(self, stack: RowStack, learning_rate: float, step: Tensor) -> Tensor:
+        """Updates the rows looked up since the last step in one pass; the lowest whose gradient is not finite, [1]."""
+        update_rows = stack.device.rows.update_rows
+        assert update_rows is not None
+        ids_N = self._touched(stack)
+        bags_N, weights_N, grads_GD = _slots(ids_N, stack.lookups)
+        length = stack.lookups[0].bag_length if len(stack.lookups) == 1 else 0
+        arrays = [stack.rows, *self.states()]
+        return update_rows(arrays, ids_N, length or bags_N, weights_N, grads_GD, self.settings, learning_rate, step)
+
+    def _touched(self, stack: RowStack) -> Tensor:
+        ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
+        if self._still:
+            return ids_N
+        return _without_padding(ids_N, [lookup.weights_BS for lookup in stack.lookups], stack.end)
+
     def step(self, stack: RowStack, learning_rate: float, step: Tensor) -> None:
-        """Updates the rows looked up since the last step."""
+        """Updates the rows looked up since the last step, by operations of torch."""
         if stack.fbgemm is not None and len(stack.lookups) == 1 and (sums := stack.lookups[0].sums) is not None:
             stack.fbgemm.update(sums, stack.lookups[0].bag_gradients()[0])
             return
@@ -120,9 +142,7 @@ class StackOptimizer(nn.Module):
             for lookup in stack.lookups:
                 access.scatter(stack.rows, lookup.ids_BS.reshape(-1), lookup.gradients(-learning_rate), True)
             return
-        ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])
-        if not self._still:
-            ids_N = _without_padding(ids_N, [lookup.weights_BS for lookup in stack.lookups], stack.end)
+        ids_N = self._touched(stack)
         if stack.placement != "sparse":
             self._dense(stack, ids_N, learning_rate, step, self._still)
             return
@@ -175,9 +195,8 @@ class StackOptimizer(nn.Module):
         grads_ND = torch.cat([lookup.gradients() for lookup in stack.lookups])
         if stack.placement == "matmul":
             hot_RN = one_hot(ids_N, stack.num_rows).t()
-            sums_RD = sum(
-                (hot_RN @ part for part in matmul_parts(grads_ND, stack.device)), torch.zeros(()).to(grads_ND)
-            )
+            parts = [hot_RN @ part for part in matmul_parts(grads_ND, stack.device)]
+            sums_RD = sum(parts[1:], parts[0])
             touched_R = hot_RN.sum(1) > 0
         else:
             # One row more for padding.

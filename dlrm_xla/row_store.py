@@ -109,18 +109,23 @@ class RowStore:
     def step(self) -> None:
         """Applies and forgets the gradients of all lookups since the last step."""
         self._step += 1
-        self._watch()
-        for stack, optimizer in zip(self.stacks, self.optimizers, strict=True):
-            if stack.lookups:
+        names, numbers = list[str](), list[Tensor]()
+        used = [(s, o) for s, o in zip(self.stacks, self.optimizers, strict=True) if s.lookups]
+        for stack, optimizer in used:
+            if stack.in_one_pass:
+                names += [table.name for table in stack.tables]
+                numbers.append(stack.bad_tables(optimizer.update(stack, self.learning_rate, self._step)))
+            else:
+                names += [name for lookup in stack.lookups for name in lookup.names]
+                numbers += [lookup.gradient_sums() for lookup in stack.lookups]
+        if names:
+            self._watch(names, torch.cat(numbers))
+        for stack, optimizer in used:
+            if not stack.in_one_pass:
                 optimizer.step(stack, self.learning_rate, self._step)
-                stack.lookups.clear()
+            stack.lookups.clear()
 
-    def _watch(self) -> None:
-        lookups = [lookup for stack in self.stacks for lookup in stack.lookups]
-        names = [name for lookup in lookups for name in lookup.names]
-        if not names:
-            return
-        sums_N = torch.cat([lookup.gradient_sums() for lookup in lookups])
+    def _watch(self, names: list[str], sums_N: Tensor) -> None:
         runs = [(name, len(list(run))) for name, run in itertools.groupby(names)]
         if (
             len(runs) < len(names) and len({count for _, count in runs}) == 1

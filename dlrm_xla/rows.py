@@ -59,7 +59,8 @@ class RowTable(nn.Module):
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         if self.home is not None:
             stack, base = self.home
-            return stack.look_up(ids_BL + base, weights_BL, [ids_BL.shape[1]], [self.table.name], self.training)[:, 0]
+            bags_B1D = stack.look_up(ids_BL + base, weights_BL, [ids_BL.shape[1]], [self.table.name], self.training)
+            return bags_B1D.squeeze(1)  # of an index, the gradient would be zeros that it is copied into
         assert self.weight is not None
         return pool(self.weight.index_select(0, ids_BL.reshape(-1)), weights_BL, [ids_BL.shape[1]])[:, 0]
 
@@ -176,6 +177,13 @@ class Lookup(NamedTuple):
         slots = None if single else bag_of_slot(len(self.ids_BS), tuple(self.lengths), self.ids_BS.device)
         return grads_GD, slots, self.weights_BS.reshape(-1)
 
+    @property
+    def bag_length(self) -> int:
+        """How many slots each of the gradients is of; 0 where they differ."""
+        if not self.pooled:
+            return 1
+        return self.lengths[0] if len(set(self.lengths)) == 1 else 0
+
     def gradient_sums(self) -> Tensor:
         """One number per name, not finite where any gradient of that table is not."""
         assert self.leaf.grad is not None
@@ -258,6 +266,9 @@ class RowStack(nn.Module):
             # On the device too: made in a step, it would be one more input of the second trace of it.
             member.register_buffer("base", torch.tensor([base], dtype=torch.int32), persistent=False)
         self.register_buffer("rows", array)
+        self.in_one_pass = placement == "sparse" and device.rows.update_rows is not None
+        if self.in_one_pass:
+            self.register_buffer("ends", torch.tensor(ends, dtype=torch.int32), persistent=False)
 
     def look_up(
         self, ids_BS: Tensor, weights_BS: Tensor, lengths: Sequence[int], names: Sequence[str], training: bool
@@ -300,6 +311,12 @@ class RowStack(nn.Module):
         else:
             rows_ND = self.device.rows.gather(self.rows, ids_N, self.dim)
         return rows_ND.float()
+
+    def bad_tables(self, row: Tensor) -> Tensor:
+        """For each table a number that is not finite where this row [1] is one of its, else 0."""
+        ends_T = self.get_buffer("ends")
+        starts_T = torch.nn.functional.pad(ends_T[:-1], (1, 0))
+        return torch.where((starts_T <= row) & (row < ends_T), math.inf, 0.0)
 
     def _gathered(self, access: RowAccess, rows: Tensor, ids_N: Tensor) -> Tensor:
         return access.gather(rows, ids_N, self.dim)

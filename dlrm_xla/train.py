@@ -24,7 +24,7 @@ from dlrm_xla.codebooks import most_rows, multiply_codebooks
 from dlrm_xla.config import Config
 from dlrm_xla.contract import Refreshed
 from dlrm_xla.dense_optim import dense_optimizer
-from dlrm_xla.devices import Counters, Device
+from dlrm_xla.devices import Counters, Device, Forgetful
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import FiniteWatch, doubts
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
@@ -116,6 +116,7 @@ class Steps:
         self.loss_and_count = torch.zeros(2).to(device.torch_device)
         # One graph each, or one for each of a few lengths of bags.
         self._compiled: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
+        self._plain = device.optional_graphs and (shards is not None or config.cuda_graphs == "off")
 
     def train(self, packed: PackedBatch, step: int) -> None:
         """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
@@ -138,7 +139,7 @@ class Steps:
     def _graph(self, step: Callable[..., Any], name: str, packed: PackedBatch) -> Callable[..., Any]:
         key = name, packed.lengths
         if key not in self._compiled:
-            self._compiled[key] = self.device.compile(step, name)
+            self._compiled[key] = step if self._plain else self.device.compile(step, name)
         return self._compiled[key]
 
     def _check_ids(self, packed: PackedBatch, where: str) -> None:
@@ -165,6 +166,10 @@ class Steps:
                     host = tensor.cpu()
                     self.ranks.copy_first(host)
                     self.device.write(tensor, host)
+        if self._refreshed:
+            for run in self._compiled.values():
+                if isinstance(run, Forgetful):
+                    run.forget()
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes a checkpoint of everything that the next step depends on."""

@@ -78,7 +78,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16, help="rank of the tensor trains")
     parser.add_argument("--plugin", help="of the steps with plugins; all that are installed", **several)
     parser.add_argument("--ratio", type=float, default=0, help="of the steps with plugins; 0: their default sizes")
-    parser.add_argument("--others", choices=["all", "none"], default="all", help="none: only our own rows")
+    parser.add_argument(
+        "--others", default=["all"], help="names of other people's to compare with, all, or none", **several
+    )
     parser.add_argument("--repeat", type=int, default=20, help="timed repetitions of each")
     parser.add_argument("--out", type=Path, help="JSON file to write; a plot is written beside it")
     return parser
@@ -121,14 +123,22 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
             makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
         if case.what == "step":
             makers[f"{OURS} bf16"] = lambda: arms.in_bf16(case)
+            if case.device.optional_graphs:
+                makers[f"{OURS} without a graph"] = lambda: arms.ours(case, "sparse", cuda_graphs="off")
         others = {
             "EmbeddingBag sparse": lambda: arms.torch_bag(case, sparse=True),
             "EmbeddingBag dense": lambda: arms.torch_bag(case, sparse=False),
             "FBGEMM": lambda: arms.fbgemm(case),
         }
+        if case.what == "step" and case.device.optional_graphs:
+            others["FBGEMM in a graph"] = lambda: arms.fbgemm(case, graph=True)
         if case.device.name == "xla":
             others["naive torch_xla"] = lambda: arms.naive(case)
-    return makers if given.others == "none" else makers | others
+    if given.others == ["all"]:
+        return makers | others
+    if unknown := set(given.others) - {"none", *others}:
+        raise UserError(f"--others: there is no {', '.join(sorted(unknown))} here; all, none, or {', '.join(others)}")
+    return makers | {name: make for name, make in others.items() if name in given.others}
 
 
 def copy_bandwidth(device: Device, size: int = 2**28) -> float:

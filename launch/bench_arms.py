@@ -116,15 +116,15 @@ def _tables(case: Case) -> list[Table]:
     return [Table(f"t{k}", rows, case.dim) for k, rows in enumerate(case.table_rows)]
 
 
-def ours(case: Case, placement: Placement, kernels: RowKernels = "own") -> Repetition:
-    """The row store of this project."""
+def ours(case: Case, placement: Placement, kernels: RowKernels = "own", **settings: Any) -> Repetition:
+    """The row store of this project; ``settings`` are those of a step."""
     device = case.device
     if case.what == "step":
-        return _dlrm_step(case, [RowTable] * len(case.table_rows), kernels=kernels)
+        return _dlrm_step(case, [RowTable] * len(case.table_rows), kernels=kernels, **settings)
     model = nn.Module()
     model.bag = RowTable(_tables(case)[0])
-    settings = RowSettings(case.optimizer)  # type: ignore[arg-type]
-    store = RowStore(model, device, settings, LEARNING_RATE, lambda table: placement, kernels=kernels)
+    rule = RowSettings(case.optimizer)  # type: ignore[arg-type]
+    store = RowStore(model, device, rule, LEARNING_RATE, lambda table: placement, kernels=kernels)
     return _one_table(case, device.place(model), model.bag, store.step)
 
 
@@ -157,7 +157,7 @@ def with_plugin(case: Case, spec: str, ratio: float) -> Repetition:
     return lambda k: steps.train(batches[k % NUM_BATCHES], k)
 
 
-def plugin_steps(case: Case, spec: str, ratio: float) -> tuple[Steps, list[PackedBatch]]:
+def plugin_steps(case: Case, spec: str, ratio: float, **settings: Any) -> tuple[Steps, list[PackedBatch]]:
     """Steps of a DLRM with tables replaced by a plugin, sized to 1/``ratio`` of the exact bytes, and their batches.
 
     A ratio of 0 leaves sizes to the plugin's options. Raises a UserError where the plugin cannot reach the ratio.
@@ -168,7 +168,7 @@ def plugin_steps(case: Case, spec: str, ratio: float) -> tuple[Steps, list[Packe
         budget = Budget(exact / ratio, lambda bag, table: bytes_kept(bag), f"--ratio {ratio:g}", exact)
     # Even where all tables are small, the largest get the plugin.
     least = min(_config(case).min_rows, max(case.table_rows))
-    return _steps(case, plan(_tables(case), spec, {}, least, RowTable, budget)[1])
+    return _steps(case, plan(_tables(case), spec, {}, least, RowTable, budget)[1], **settings)
 
 
 def naive(case: Case) -> Repetition:
@@ -212,7 +212,9 @@ def _one_table(case: Case, model: nn.Module, bag: nn.Module, update: Callable[[]
         torch.autograd.backward(bag(ids, weights), gradient)
         return update()
 
-    step = device.compile(look_up if case.what == "lookup" else train, case.what)
+    step: Callable[..., Any] = look_up if case.what == "lookup" else train
+    if not device.optional_graphs:  # a graph's results are copies, as much again as a lookup writes
+        step = device.compile(step, case.what)
     return lambda k: step(batches[k % NUM_BATCHES])
 
 
@@ -273,7 +275,11 @@ class _PlainDLRM(nn.Module):
 
 
 def _plain_dlrm(
-    case: Case, bags: list[nn.Module], make: Callable[[Any], torch.optim.Optimizer], model: _PlainDLRM | None = None
+    case: Case,
+    bags: list[nn.Module],
+    make: Callable[[Any], torch.optim.Optimizer],
+    model: _PlainDLRM | None = None,
+    graph: bool = False,
 ) -> Repetition | None:
     if case.optimizer != "sgd":
         return None
@@ -287,7 +293,9 @@ def _plain_dlrm(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step = device.compile(train, "plain")
+    step: Callable[..., Any] = train
+    if graph or not device.optional_graphs:
+        step = device.compile(train, "plain")
     batches = _packed(case)
     where = device.torch_device
 
@@ -295,11 +303,13 @@ def _plain_dlrm(
         dense, ids, labels = batches[k % NUM_BATCHES][:3]
         step(dense.to(where), ids.to(where), labels.to(where))
 
+    for k in range(5 if graph else 0):  # so that what cannot be a graph is told here
+        repeat(k)
     return repeat
 
 
-def fbgemm(case: Case) -> Repetition | None:
-    """FBGEMM's table-batched embedding with its fused exact optimizer, on CPU or CUDA."""
+def fbgemm(case: Case, graph: bool = False) -> Repetition | None:
+    """FBGEMM's table-batched embedding with its fused exact optimizer, on CPU or CUDA; a step also as a CUDA graph."""
     if case.device.name == "xla":
         return None
     with warnings.catch_warnings():
@@ -337,7 +347,7 @@ def fbgemm(case: Case) -> Repetition | None:
                 return list(pooled.view(len(ids), -1, case.dim).unbind(1))
 
         model = Plain([nn.Identity() for _ in case.table_rows], case)
-        return _plain_dlrm(case, [], lambda p: torch.optim.SGD(p, lr=0.1), model)
+        return _plain_dlrm(case, [], lambda p: torch.optim.SGD(p, lr=0.1), model, graph)
     batches = [by_table(ids).to(where) for ids in case.ids()]
     gradient = torch.randn(case.batch, case.dim, device=where)
 

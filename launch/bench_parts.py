@@ -57,7 +57,7 @@ def parts(case: Case, spec: str, ratio: float, repeat: int) -> dict[str, float]:
     """
     if case.device.name == "xla":
         return {}
-    steps, batches = plugin_steps(case, spec, ratio)
+    steps, batches = plugin_steps(case, spec, ratio, cuda_graphs="off")
     clock = Clock(case.device.synchronize)
     model: nn.Module = steps.model
     modules = {"bags": BAGS, "bottom": MLPS, "interaction": MLPS, "top": MLPS}

@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import os
 import sys
@@ -6,17 +7,30 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from dlrm_xla.devices import open_xla_first
 
 # a package of its own, tested as installed by test_example_plugin.py
 collect_ignore = ["example_plugin"]
 
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is first imported, by whatever library
 HAS_XLA = open_xla_first()
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
 
+
 needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device was found")
+EVERY_DEVICE = ["cpu", pytest.param("xla", marks=needs_xla), pytest.param("cuda", marks=needs_cuda)]
+
+
+def cuda_rows() -> ModuleType:
+    """The kernels of `--device cuda`; without such a device Triton runs them with numpy, operation by operation."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds")
+    return importlib.import_module("dlrm_xla.cuda_rows")
 
 
 def launch_script(name: str) -> ModuleType:

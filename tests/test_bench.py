@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, needs_xla
+from conftest import EVERY_DEVICE, ROOT, needs_xla
 
 from dlrm_xla.devices import open_device
 
@@ -18,13 +18,13 @@ KEYS = "name device rows dim batch bag placement ms_median ms_min gb_per_s ratio
 SMALL = ["--rows", "300", "--batch", "32", "--repeat", "2"]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 @pytest.mark.parametrize("what", ["lookup", "update", "step"])
 def test_every_implementation_is_a_row_of_the_file(what, device, tmp_path):
     out = tmp_path / "bench.json"
     assert bench.main(["--what", what, "--device", device, "--bag", "3", *SMALL, "--out", str(out)]) == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())}
-    others = {"EmbeddingBag sparse", "EmbeddingBag dense"} if device == "cpu" else {"naive torch_xla"}
+    others = {"EmbeddingBag sparse", "EmbeddingBag dense"} if device != "xla" else {"naive torch_xla"}
     assert {f"{what} {name}" for name in ("dlrm_xla sparse", *others)} <= set(rows)
     for row in rows.values():
         assert set(KEYS) <= set(row)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import launch_script, needs_xla
+from conftest import EVERY_DEVICE, launch_script, needs_xla
 from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_by_sketch, seen_in_training
 from dlrm_xla_data.synthetic import synthesize
 
@@ -63,7 +63,7 @@ def test_an_operation_that_xla_hands_to_the_cpu_is_told(tmp_path, capsys, monkey
     assert (code == 2 and "is not one XLA graph" in printed) or "aten::searchsorted" in printed
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_a_gradient_that_is_not_finite_stops_the_run_and_the_good_checkpoint_stays(
     device, tmp_path, capsys, monkeypatch
 ):

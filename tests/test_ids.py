@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import needs_xla
+from conftest import EVERY_DEVICE
 
 from dlrm_xla.devices import open_device
 from dlrm_xla.ids import divide_ids
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 8, 342, 4099, 65_537, 2**24 + 1, 2**30 - 1, 2**30])
 def test_quotients_equal_pythons(device, divisor):
     where = open_device(device).torch_device

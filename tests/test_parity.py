@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import needs_xla
+from conftest import EVERY_DEVICE, needs_xla
 
 from dlrm_xla.batches import PackedBatch
 from dlrm_xla.config import resolve
@@ -104,7 +104,7 @@ class NumpyDLRM:
 
 
 @pytest.mark.parametrize(("interaction", "cross"), [("cat", 0), ("dcn", 2)])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_other_interactions_equal_numpy_by_hand(interaction, cross, device):
     rng = np.random.default_rng(1)
     tables = [Table("a", 7, 8), Table("b", 40, 8)]

@@ -48,7 +48,9 @@ def test_the_real_sample_equals_a_plain_reading_id_by_id(criteo_sample, tmp_path
     labels, dense, ids = slow_reading(text, data.splits["train"][1])
     np.testing.assert_array_equal(data.labels, labels)
     np.testing.assert_array_equal(data.ids, ids)
-    np.testing.assert_array_equal(data.dense, np.float32(dense))  # to the last bit, which numpy's float32 logarithm is not
+    np.testing.assert_array_equal(
+        data.dense, np.float32(dense)
+    )  # to the last bit, which numpy's float32 logarithm is not
 
 
 def test_avazu_equals_a_plain_reading(tmp_path):

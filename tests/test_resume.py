@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import ROOT, launch_script, needs_xla
+from conftest import EVERY_DEVICE, ROOT, launch_script, needs_xla
 from safetensors.torch import load_file
 
 from dlrm_xla import checkpoint, tensor_file
@@ -30,7 +30,6 @@ from dlrm_xla.rows import RowTable
 from dlrm_xla.train import Steps
 
 launcher = launch_script("run")
-DEVICES = ["cpu", pytest.param("xla", marks=needs_xla)]
 SETTINGS = {
     "synthetic_tables": [30, 2000, 500],
     "synthetic_rows": 1400,
@@ -79,9 +78,11 @@ def _bits(path):
     return {name: tensor.numpy(force=True).tobytes() for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("plugin", ["tensorly_tt:rank=2", "cce:rows=20"])  # the second rearranges its tables between
+@pytest.mark.parametrize("device", EVERY_DEVICE)
+@pytest.mark.parametrize("plugin", ["exact", "tensorly_tt:rank=2", "cce:rows=20"])  # the last rearranges its tables
 def test_a_run_that_goes_on_ends_in_the_same_bits(plugin, device, settings, tmp_path):
+    if device == "cuda" and plugin != "exact":
+        pytest.skip("on CUDA torch adds gradients of cores and codebooks up in any order (docs/checkpoints.md)")
     calm = tmp_path / "calm"
     plugin = ["--plugin", plugin, "--device", device]
     assert launcher.main([*settings, *plugin, "--out", str(calm)]) == 0

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import needs_xla
+from conftest import EVERY_DEVICE, HAS_CUDA, cuda_rows, needs_xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -54,6 +54,50 @@ def test_rows_written_into_lines_come_back(pack, dim, left, counts):
         write_rows(lines, int(first), part)
     assert torch.equal(rows_of(lines, dim)[: len(rows)], rows)
     assert lines.count_nonzero() == rows.numel()
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 1300)), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.sampled_from(["sgd", "adagrad"]),
+    st.integers(0, 3),
+)
+def test_cudas_kernels_add_up_ids_however_often_they_come(runs, dim, name, length):
+    """Ids of one lookup and of many chunks, in any order; an id past the rows, 9, belongs to none."""
+    kernels, rng = cuda_rows(), np.random.default_rng(0)
+    place = "cuda" if HAS_CUDA else "cpu"
+    ids_N = rng.permutation(np.repeat(*np.array(runs).T)).astype(np.int32)
+    bags_N = np.arange(len(ids_N), dtype=np.int32) // length if length else rng.integers(0, 5, len(ids_N), np.int32)
+    weights_N, grads_GD = rng.uniform(0.2, 1, len(ids_N)), rng.normal(size=(bags_N.max() + 1, dim))
+    rows = rng.normal(size=(9, dim)).astype(np.float32)
+    sums = np.zeros((10, dim))
+    np.add.at(sums, ids_N, grads_GD[bags_N] * weights_N[:, None])
+    sums, state = sums[:9], (np.square(sums[:9])).mean(1)
+    expected = rows - 0.1 * (sums if name == "sgd" else sums / (np.sqrt(state)[:, None] + 1e-8))
+    arrays = [torch.from_numpy(rows).to(place), *[torch.zeros(9, device=place)] * (name == "adagrad")]
+    slots = [torch.from_numpy(a).to(place) for a in (ids_N, bags_N, weights_N.astype(np.float32))]
+    slots[1] = length or slots[1]
+    grads = torch.from_numpy(grads_GD.astype(np.float32)).to(place)
+    step = torch.ones(1, dtype=torch.int32, device=place)
+    bad = kernels.update_rows(arrays, *slots, grads, RowSettings(name), 0.1, step)
+    assert bad.item() == 2**31 - 1
+    np.testing.assert_allclose(arrays[0].cpu().numpy(), expected, rtol=1e-5, atol=2e-6 * len(ids_N) ** 0.5)
+    if name == "adagrad":
+        np.testing.assert_allclose(arrays[1].cpu().numpy(), state, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 1, 31, 32, 33, 64])
+def test_cudas_kernels_take_the_chunks_of_a_frequent_id_in_one_step(start):
+    """Otherwise one program walks through all places of the id, wherever its first one is: 36 ms instead of 0.5."""
+    kernels, where = cuda_rows(), "cuda" if HAS_CUDA else "cpu"
+    ids_N = torch.tensor([0] * start + [1] * 3000 + [2] * 5, dtype=torch.int32, device=where)
+    order_N, ones = torch.arange(len(ids_N), device=where), torch.ones(len(ids_N), 1, device=where)
+    sums_CD, alike_C = kernels.sum_chunks(ids_N, order_N, order_N, ones[:, 0], ones, 1)
+    second = start // 32 + 1
+    whole = (start + 3000) // 32 - second
+    assert alike_C[second] == whole
+    assert sums_CD[second].item() == 32 * whole
 
 
 class Twin:
@@ -123,9 +167,15 @@ def _batch(rng, seed_rows=5, dim=DIM):
 
 def _device(name):
     base, _, kind = name.partition("-")
+    if kind == "cuda's kernels" and HAS_CUDA:
+        base, kind = "cuda", ""
     device = open_device(base)
     # Rows of 6: two to a line of 16 with four columns left, one to a line of 8 with two left.
     packed, wide, rounding = {"lanes": 16}, {"lanes": 8}, {"rounds_matmul": True}
+    if kind == "cuda's kernels":
+        kernels = cuda_rows()
+        rows = dataclasses.replace(device.rows, sum_rows=kernels.sum_rows, update_rows=kernels.update_rows)
+        return dataclasses.replace(device, rows=dataclasses.replace(rows, gather=kernels.gather_rows))
     as_on_tpu = {"packed": packed, "wide": wide, "rounding": rounding, "as_tpu": packed | rounding, "": {}}[kind]
     return dataclasses.replace(device, rows=dataclasses.replace(device.rows, **as_on_tpu))
 
@@ -153,13 +203,16 @@ def _stepper(model, store, device):
     return run
 
 
-DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed", "xla-wide", "xla-rounding"))]
+DEVICES = [
+    *EVERY_DEVICE,
+    *(pytest.param(d, marks=needs_xla) for d in ("xla-packed", "xla-wide", "xla-rounding")),
+]
 
 
 OPTIMIZERS = ["sgd", "adagrad", "adagrad_element", "adam"]
 
 
-def _fifty_steps(device, name, placement, decay, near_bytes=0):
+def _equal_the_twin(device, name, placement, decay, near_bytes=0, steps=50):
     """Trains tables and their twin, compares them, and gives back the store."""
     rng, model = np.random.default_rng(0), Tables()
     lr = 0.01
@@ -169,7 +222,7 @@ def _fifty_steps(device, name, placement, decay, near_bytes=0):
     store = RowStore(model, device, settings, lr, lambda table: placement, near_bytes=near_bytes)
     step = _stepper(device.place(model), store, device)
     before = device.counters()
-    for k in range(50):
+    for k in range(steps):
         batch, rate = _batch(rng), min(1, (k + 1) / 10)
         step(batch, rate=rate)
         twin.step(batch, rate=rate)
@@ -191,7 +244,13 @@ def _fifty_steps(device, name, placement, decay, near_bytes=0):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
-    _fifty_steps(_device(device), name, placement, decay)
+    _equal_the_twin(_device(device), name, placement, decay)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_cudas_kernels_equal_the_dense_twin(name):
+    """Few steps, for without a GPU they are interpreted."""
+    _equal_the_twin(_device("cpu-cuda's kernels"), name, "sparse", 0.1, steps=6)
 
 
 @needs_xla
@@ -200,7 +259,7 @@ def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
 @pytest.mark.parametrize("device", ["xla", "xla-wide", "xla-as_tpu"])
 def test_small_arrays_that_a_step_goes_through_equal_the_dense_twin(device, name, decay):
     near_bytes = (ROWS[1] + ROWS[2]) * DIM * 4  # all but the first table
-    store = _fifty_steps(_device(device), name, "sparse", decay, near_bytes)
+    store = _equal_the_twin(_device(device), name, "sparse", decay, near_bytes)
     through = {
         stack.num_rows: optimizer.updates_all(stack, BATCH * sum(LENGTHS[1:]), len(stack.rows))
         for stack, optimizer in zip(store.stacks, store.optimizers, strict=True)
@@ -224,9 +283,9 @@ def test_small_tables_are_apart_where_sgd_does_not_stream_large_ones(near_bytes,
 
 @pytest.mark.parametrize("placement", ["sparse", "dense"])
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_gradients_of_several_batches_make_one_step_of_the_dense_twin(device, name, placement):
-    device, rng, model = open_device(device), np.random.default_rng(0), Tables()
+    device, rng, model = _device(device), np.random.default_rng(0), Tables()
     twin = Twin([bag.weight.detach().numpy().copy() for bag in model.bags], name, 0.01, 0.1)
     store = RowStore(model, device, RowSettings(name, weight_decay=0.1), 0.01, lambda table: placement)
     step = _stepper(device.place(model), store, device)
@@ -238,7 +297,7 @@ def test_gradients_of_several_batches_make_one_step_of_the_dense_twin(device, na
         np.testing.assert_allclose(rows.numpy(), expected.detach().numpy(), atol=1e-6, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_stochastic_rounding_is_right_on_average_and_the_same_everywhere(device):
     device = open_device(device)
     # between two bfloat16 numbers, at a quarter of the way
@@ -254,9 +313,9 @@ def test_stochastic_rounding_is_right_on_average_and_the_same_everywhere(device)
     assert on_device[:, 4].isinf().all()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_bf16_tables_follow_updates_smaller_than_their_precision(device):
-    device = open_device(device)
+    device = _device(device)
     torch.manual_seed(0)
     model = nn.Module()
     model.bag = RowTable(Table("t", 400, 8, std=1.0), dtype=torch.bfloat16)
@@ -281,9 +340,9 @@ def test_bf16_tables_follow_updates_smaller_than_their_precision(device):
 
 
 @pytest.mark.parametrize("name", ["adagrad", "adagrad_element", "adam"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_bf16_state_stays_near_the_dense_twin(device, name):
-    device, rng, model = open_device(device), np.random.default_rng(0), Tables()
+    device, rng, model = _device(device), np.random.default_rng(0), Tables()
     start = [bag.weight.detach().numpy().copy() for bag in model.bags]
     twin = Twin(start, name, 0.05, 0.0)
     store = RowStore(model, device, RowSettings(name, state="bf16"), 0.05)
@@ -298,6 +357,28 @@ def test_bf16_state_stays_near_the_dense_twin(device, name):
         moved = np.abs(expected.detach().numpy() - initial)
         # bfloat16 has 8 bits: what rounding does to 50 steps is below some of the last one of them
         assert 0 < error.max() < 0.03 * moved.max(), name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_cudas_kernels_round_to_bf16_as_every_device_does(name):
+    trained = []
+    for device in ("cpu", "cpu-cuda's kernels"):
+        torch.manual_seed(0)
+        model, device = nn.Module(), _device(device)
+        model.bag = RowTable(Table("t", 40, 5, std=1.0), dtype=torch.bfloat16)
+        store = RowStore(model, device, RowSettings(name, state="bf16"), 0.01)
+        bag = device.place(model).bag.train()
+        for step in range(3):
+            ids = (
+                torch.arange(step, 37, dtype=torch.int32).unsqueeze(1).to(device.torch_device)
+            )  # no sums, whose order may differ
+            out = bag(ids, torch.ones_like(ids, dtype=torch.float32))
+            torch.autograd.backward((out * torch.linspace(-1, 1, 5).to(out.device)).sum())
+            store.step()
+        trained.append([rows.float() for _, rows in store.tables()] + [a.float().cpu() for a in store.arrays()])
+    for one, other in zip(*trained, strict=True):
+        assert (one != other).float().mean() < 0.02  # by the last bit of a root or a quotient
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adagrad", "adam"])
@@ -362,9 +443,10 @@ def test_lookups_outside_training_leave_nothing_behind():
     assert store.stacks[0].lookups == []
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, where kernels are interpreted
+@pytest.mark.parametrize("device", [*EVERY_DEVICE, "cpu-cuda's kernels"])
 def test_a_gradient_that_is_not_finite_is_told_with_table_and_first_step(device):
-    device, model, rng = open_device(device), Tables(), np.random.default_rng(0)
+    device, model, rng = _device(device), Tables(), np.random.default_rng(0)
     store = RowStore(model, device, RowSettings("adagrad"), 0.1)
     step = _stepper(device.place(model), store, device)
     for number in range(4):
@@ -379,9 +461,7 @@ def test_a_gradient_that_is_not_finite_is_told_with_table_and_first_step(device)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("xla", marks=needs_xla), pytest.param("xla-packed", marks=needs_xla)]
-)
+@pytest.mark.parametrize("device", [*EVERY_DEVICE, pytest.param("xla-packed", marks=needs_xla), "cpu-cuda's kernels"])
 def test_both_ends_of_forty_million_rows(device):
     device, rows = _device(device), 40_000_000
     model = nn.Module()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, launch_script, needs_xla
+from conftest import EVERY_DEVICE, ROOT, launch_script, needs_xla
 from sklearn.metrics import log_loss
 
 from dlrm_xla import checkpoint, registry
@@ -33,7 +33,7 @@ REPORT = """device plugin preset seed epochs batch_size auc log_loss normalized_
     compiles fallbacks versions commit tables""".split()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_a_run_writes_its_folder(device, tmp_path, capsys):
     out = tmp_path / "run"
     assert launcher.main([*QUICK, "--device", device, "--plugin", "tensorly_tt:rank=2", "--out", str(out)]) == 0
@@ -196,7 +196,7 @@ def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, 
     assert ".item()" in printed
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
     out = tmp_path / "run"
     flags = ["--synthetic-rows", "70000", "--batch-size", "64", "--epochs", "50", "--patience", "0", "--log-every", "3"]
@@ -317,7 +317,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
         checkpoint.load_model(tmp_path / "bad.safetensors", model)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_a_plan_shows_placement_bytes_and_whether_they_fit(device, capsys):
     flags = ["--plan", "--preset", "terabyte", "--device", device]
     assert launcher.main([*flags, "--memory", "16GB"]) == 0
@@ -418,7 +418,7 @@ def test_the_checkpoint_of_the_lowest_validation_log_loss_is_the_one_that_is_tes
     assert report["validation_auc"] == best["validation_auc"]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=needs_xla)])
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_a_run_that_diverges_stops_with_step_and_cause(device, tmp_path, capsys):
     out = tmp_path / "run"
     assert launcher.main([*QUICK, "--device", device, "--row-lr", "1e38", "--out", str(out)]) == 2

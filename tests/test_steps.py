@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import needs_xla
+from conftest import EVERY_DEVICE, needs_xla
 
 from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, arranged, unpack
@@ -21,7 +21,6 @@ from dlrm_xla.train import Steps
 
 TABLES = [Table("a", 30, 8), Table("b", 2000, 8), Table("c", 500, 8)]
 BAGS = [1, 3, 2]
-DEVICES = ["cpu", pytest.param("xla", marks=needs_xla)]
 
 
 def _model(spec="exact"):
@@ -48,7 +47,7 @@ def _everything(steps):
     return {n: t.cpu().clone() for n, t in (*steps.model.state_dict().items(), *steps.rows.tables())}
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 @pytest.mark.parametrize(
     ("slot", "value", "feature", "last"), [(0, 30, "a", 29), (3, -1, "b", 1999), (5, 500, "c", 499)]
 )
@@ -81,7 +80,7 @@ def test_ids_of_bags_of_varying_length_are_checked_by_their_lengths(slot, value,
     steps.train(varying, 0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 @pytest.mark.parametrize("spec", ["exact", "quotient_remainder"])
 def test_accumulated_parts_of_a_batch_make_the_step_of_the_whole(device, spec):
     results = []
@@ -95,7 +94,7 @@ def test_accumulated_parts_of_a_batch_make_the_step_of_the_whole(device, spec):
         torch.testing.assert_close(value, results[1][1][name], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 @pytest.mark.parametrize("spec", ["exact", "hash_rows:rows=100+random_projection:dim=2"])
 def test_a_checkpoint_gives_back_the_same_predictions_anywhere(device, spec, tmp_path):
     steps = _steps(device, _model(spec), row_optimizer="adam", placement={"a": "dense", "c": "matmul"})
@@ -121,7 +120,7 @@ def test_the_interaction_of_a_bf16_run_has_gradients_near_those_of_fp32():
     torch.testing.assert_close(*gradients, atol=0.02 * gradients[0].abs().max().item(), rtol=0.1)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_plugins_own_parameters_have_a_rate_of_their_own(device):
     changes = []
     for rate in (0.0, 0.01):
@@ -134,7 +133,7 @@ def test_plugins_own_parameters_have_a_rate_of_their_own(device):
         torch.testing.assert_close(changes[1][name], change * factor, atol=1e-7, rtol=1e-3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_small_tables_in_an_array_of_their_own_train_alike(device):
     """Stacks, order of bags and order of the interaction are inside; losses and tables are those of one array."""
     found = []
