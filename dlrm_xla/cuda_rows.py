@@ -24,14 +24,19 @@ from dlrm_xla.row_rules import RowSettings
 
 # Numbers of a tile, and most rows of it: enough loads in flight for the memory, and few registers a program.
 _NUMBERS, _ROWS, _WARPS = 512, 32, 1
-# Sorted places of a chunk, chunks that one program looks at, and chunks of one id that are joined at once.
-_CHUNK, _CHUNKS, _JOINED = 32, 4, 128
+# Most sorted places of a chunk and numbers of their gradients; chunks that one program looks at, and that it joins at once.
+_CHUNK, _CHUNK_NUMBERS, _CHUNKS, _JOINED = 32, 8192, 4, 128
 _NO_ROW = 2**31 - 1
 
 
 def _tile(dim: int) -> tuple[int, int]:
     columns = triton.next_power_of_2(dim)
     return columns, max(1, min(_ROWS, _NUMBERS // columns))
+
+
+def _chunk(dim: int) -> int:
+    columns: int = triton.next_power_of_2(dim)
+    return max(4, min(_CHUNK, _CHUNK_NUMBERS // columns))
 
 
 def gather_rows(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
@@ -93,7 +98,7 @@ def update_rows(
     _update_rows[(triton.cdiv(count, tile),)](
         *(rows, *states, *slots, sums_CD, alike_C, step, _scale(settings, step), bad, count, len(rows)),
         *(float(learning_rate), settings.eps, *betas, settings.weight_decay),
-        *(dim, columns, tile, _CHUNK, length, settings.name, settings.weight_decay != 0),
+        *(dim, columns, tile, _chunk(dim), length, settings.name, settings.weight_decay != 0),
         # With a state to read besides, two warps are 5 to 8 % faster; without, one is 12 to 15 % (H200, rows of 128).
         num_warps=_WARPS if settings.name == "sgd" else 2 * _WARPS,
     )
@@ -107,15 +112,15 @@ def sum_chunks(
 
     An id's chunks add up to one sum, in the second chunk that the id is in, and the others count none.
     """
-    count, dim = len(sorted_N), grads_GD.shape[1]
-    chunks, columns = triton.cdiv(count, _CHUNK), triton.next_power_of_2(dim)
+    count, dim, size = len(sorted_N), grads_GD.shape[1], _chunk(grads_GD.shape[1])
+    chunks, columns = triton.cdiv(count, size), triton.next_power_of_2(dim)
     part, programs = min(columns, 32), triton.cdiv(chunks, _CHUNKS)
     sums_CD = torch.empty(chunks, dim, dtype=torch.float32, device=grads_GD.device)
     alike_C = torch.zeros(chunks, dtype=torch.int32, device=grads_GD.device)
     _sum_chunks[(programs,)](
-        sorted_N, order_N, bags_N, weights_N, grads_GD, sums_CD, count, dim, columns, _CHUNK, _CHUNKS, length
+        sorted_N, order_N, bags_N, weights_N, grads_GD, sums_CD, count, dim, columns, size, _CHUNKS, length
     )
-    _join_chunks[(programs, columns // part)](sorted_N, sums_CD, alike_C, count, dim, part, _CHUNK, _CHUNKS, _JOINED)
+    _join_chunks[(programs, columns // part)](sorted_N, sums_CD, alike_C, count, dim, part, size, _CHUNKS, _JOINED)
     return sums_CD, alike_C
 
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import EVERY_DEVICE, ROOT, needs_xla
+from conftest import EVERY_DEVICE, ROOT, needs_cuda, needs_xla
 
 from dlrm_xla.devices import open_device
 
@@ -35,6 +35,14 @@ def test_every_implementation_is_a_row_of_the_file(what, device, tmp_path):
     assert ours["ratio_to_best_other"] == pytest.approx(best / ours["ms_median"])
     assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.with_suffix(".about.json").read_text())["copy_gb_per_s"][device] > 0
+
+
+@needs_cuda
+def test_work_is_timed_by_the_gpus_own_clock(tmp_path):
+    out = tmp_path / "bench.json"
+    given = ["--what", "update", "--device", "cuda", "--clock", "device", *SMALL, "--out", str(out)]
+    assert bench.main(given) == 0
+    assert all(0 < row["ms_min"] < 5 for row in json.loads(out.read_text())), "not what it idles"
 
 
 def test_least_bytes_are_counted_on_the_ids_of_the_batches():
