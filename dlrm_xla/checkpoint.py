@@ -126,7 +126,7 @@ def _load_model(file: TensorFile, model: nn.Module, rows: Rows | None, optimizer
 def _of_shape(file: TensorFile, name: str, tensor: Tensor) -> Tensor:
     found = file.tensor(name)
     if found.shape != tensor.shape and found.numel() == tensor.numel() == 1:
-        found = found.view(tensor.shape)  # step counts have a dimension on xla, and none elsewhere
+        found = found.view(tensor.shape)  # step counts have a dimension where a step is a graph, and none elsewhere
     if found.shape != tensor.shape:
         raise UserError(
             f"{file.path} is of another model: {name} is {list(found.shape)} there, {list(tensor.shape)} here. Use "

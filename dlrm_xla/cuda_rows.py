@@ -24,7 +24,7 @@ from dlrm_xla.row_rules import RowSettings
 
 # Numbers of a tile, and most rows of it: enough loads in flight for the memory, and few registers a program.
 _NUMBERS, _ROWS, _WARPS = 512, 32, 1
-# Most sorted places of a chunk and numbers of their gradients; chunks that one program looks at, and that it joins at once.
+# Most sorted places of a chunk and numbers of their gradients; chunks that a program looks at, and joins at once.
 _CHUNK, _CHUNK_NUMBERS, _CHUNKS, _JOINED = 32, 8192, 4, 128
 _NO_ROW = 2**31 - 1
 
@@ -40,13 +40,13 @@ def _chunk(dim: int) -> int:
 
 
 def gather_rows(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
-    """Rows [N, dim] of an array [R, dim], or values [N] of an array [R], of its type."""
-    if array.dim() == 1 or not len(ids_N):
+    """Rows [N, dim] of an array [R, dim], or values [N] of an array [R], of its type; NaN for an id that has no row."""
+    if array.dim() == 1 or not array.is_floating_point() or not len(ids_N):
         return array.index_select(0, ids_N)
     out_ND = array.new_empty(len(ids_N), dim)
     columns, rows = _tile(dim)
     _gather_rows[(triton.cdiv(len(ids_N), rows),)](
-        array, ids_N, out_ND, len(ids_N), dim, columns, rows, num_warps=_WARPS
+        array, ids_N.contiguous(), out_ND, len(ids_N), len(array), dim, columns, rows, num_warps=_WARPS
     )
     return out_ND
 
@@ -54,14 +54,17 @@ def gather_rows(array: Tensor, ids_N: Tensor, dim: int) -> Tensor:
 def sum_rows(rows: Tensor, ids_N: Tensor, starts_G: Tensor, weights_N: Tensor) -> Tensor:
     """Weighted sums [G, D] of rows [R, D] over groups of neighbouring ids, float32.
 
-    out_g = sum of weights[n] rows[ids[n]] over n from starts[g] up to starts[g + 1], the last up to N.
+    out_g = sum of weights[n] rows[ids[n]] over n from starts[g] up to starts[g + 1], the last up to N; NaN where an id
+    has no row.
     """
     dim = rows.shape[1]
     out_GD = torch.empty(len(starts_G), dim, dtype=torch.float32, device=rows.device)
     columns, groups = _tile(dim)
     if len(starts_G):
         _sum_rows[(triton.cdiv(len(starts_G), groups),)](
-            rows, ids_N, starts_G, weights_N, out_GD, len(starts_G), len(ids_N), dim, columns, groups, num_warps=_WARPS
+            *(rows, ids_N.contiguous(), starts_G.contiguous(), weights_N.contiguous(), out_GD),
+            *(len(starts_G), len(ids_N), len(rows), dim, columns, groups),
+            num_warps=_WARPS,
         )
     return out_GD
 
@@ -92,7 +95,7 @@ def update_rows(
     sorted_N, order_N = torch.sort(ids_N, stable=True)
     columns, tile = _tile(dim)
     bags, length = (bags_N, 0) if isinstance(bags_N, Tensor) else (order_N, bags_N)
-    slots = (sorted_N, order_N, bags, weights_N, grads_GD.contiguous())
+    slots = (sorted_N, order_N, bags.contiguous(), weights_N.contiguous(), grads_GD.contiguous())
     sums_CD, alike_C = sum_chunks(*slots, length)
     betas = [number for beta in settings.betas for number in (beta, 1 - beta)]
     _update_rows[(triton.cdiv(count, tile),)](
@@ -125,7 +128,7 @@ def sum_chunks(
 
 
 def _scale(settings: RowSettings, step: Tensor) -> Tensor:
-    """What Adam's rate is multiplied by, for its moments began at zero, [1]."""
+    """What Adam's rate is multiplied by, for its moments began at zero, [1]; other rules read it not."""
     if settings.name != "adam":
         return step
     first, second = (-torch.expm1(step * math.log(beta)) for beta in settings.betas)
@@ -134,34 +137,37 @@ def _scale(settings: RowSettings, step: Tensor) -> Tensor:
 
 @triton.jit
 def _sum_rows(
-    rows, ids, starts, weights, out, num_groups, num_ids, dim: tl.constexpr, columns: tl.constexpr, groups: tl.constexpr
-):
+    rows, ids, starts, weights, out, num_groups, num_ids, num_rows,
+    dim: tl.constexpr, columns: tl.constexpr, groups: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(0) * groups + tl.arange(0, groups)
     column = tl.arange(0, columns)[None, :]
-    begin = tl.load(starts + group, mask=group < num_groups, other=0)
+    place = tl.load(starts + group, mask=group < num_groups, other=0)
     end = tl.load(starts + group + 1, mask=group + 1 < num_groups, other=num_ids)
-    end = tl.where(group < num_groups, end, begin)
+    end = tl.where(group < num_groups, end, place)
     sums = tl.zeros([groups, columns], tl.float32)
-    while tl.max(end - begin, 0) > 0:
-        here = begin < end
-        row = tl.load(ids + begin, mask=here, other=0).to(tl.int64)
-        weight = tl.load(weights + begin, mask=here, other=0)
-        values = tl.load(rows + row[:, None] * dim + column, mask=here[:, None] & (column < dim), other=0)
-        sums += weight[:, None] * values.to(tl.float32)
-        begin += 1
+    while tl.max(end - place, 0) > 0:
+        here = place < end
+        row = tl.load(ids + place, mask=here, other=0).to(tl.int64)
+        weight = tl.load(weights + place, mask=here, other=0)
+        found = (row >= 0) & (row < num_rows)
+        mask = (here & found)[:, None] & (column < dim)
+        values = tl.load(rows + row[:, None] * dim + column, mask=mask, other=0).to(tl.float32)
+        sums += tl.where(found, weight, float("nan"))[:, None] * values
+        place += 1
     inside = (group < num_groups)[:, None] & (column < dim)
     tl.store(out + group.to(tl.int64)[:, None] * dim + column, sums, mask=inside)
 
 
 @triton.jit
-def _gather_rows(rows, ids, out, num_ids, dim: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr):
+def _gather_rows(rows, ids, out, num_ids, num_rows, dim: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr):
     place = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, columns)[None, :]
     inside = place < num_ids
     row = tl.load(ids + place, mask=inside, other=0).to(tl.int64)
-    mask = inside[:, None] & (column < dim)
-    values = tl.load(rows + row[:, None] * dim + column, mask=mask, other=0)
-    tl.store(out + place.to(tl.int64)[:, None] * dim + column, values, mask=mask)
+    mask = (inside & (row >= 0) & (row < num_rows))[:, None] & (column < dim)
+    values = tl.load(rows + row[:, None] * dim + column, mask=mask, other=float("nan"))
+    tl.store(out + place.to(tl.int64)[:, None] * dim + column, values, mask=inside[:, None] & (column < dim))
 
 
 @triton.jit
@@ -221,8 +227,8 @@ def _join_chunks(
             chunk = begin + k
             one, row = _of_one_id(ids, chunk, num_ids, size)
             # Whether the id's first place is in the chunk before: its program walks from there to the first place here.
-            before = tl.load(ids + chunk * size - 1, mask=chunk > 0, other=-1)
-            earlier = tl.load(ids + chunk * size - size - 1, mask=chunk > 1, other=-1)
+            before = tl.load(ids + chunk * size - 1, mask=one & (chunk > 0), other=-1)
+            earlier = tl.load(ids + chunk * size - size - 1, mask=one & (chunk > 1), other=-1)
             if one and before == row and earlier != row:
                 total = tl.zeros([part], tl.float32)
                 count = 0

@@ -23,8 +23,9 @@ class CapturedStep:
     """A step that becomes one CUDA graph once it was called a few times at one rate; until then it runs as it is.
 
     ``step(*args)`` or ``step(*args, rate=float)`` as for `dlrm_xla.xla_steps.RecordedStep`, whose rules about a step
-    hold here too: what it reads and writes besides its arguments stays where it is, and it asks the device nothing.
-    After something was put elsewhere call `forget`. Results are copies, so they outlive the next call.
+    hold here too, though a number of the host that differs from call to call is not noticed: what it reads and writes
+    besides its arguments stays where it is, and it asks the device nothing. After something was put elsewhere call
+    `forget`. Results are copies, so they outlive the next call.
 
     Raises UserError where the step cannot be recorded.
     """
@@ -60,20 +61,28 @@ class CapturedStep:
         return _mapped(self._output, torch.clone)
 
     def _record(self, args: Any, rate: dict[str, float]) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what plain steps took is the graph's now
         own = _mapped(args, torch.clone)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads may pin memory for batches to come meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._step(*own, **rate)
         except RuntimeError as error:
-            raise UserError(
-                f"the {self._name} step cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}. Some module "
-                "reads a device value on the host (.item(), an if on a tensor) or has shapes that depend on the data; "
-                "look at the plugins, or run with --cuda-graphs off."
-            ) from error
+            torch.cuda.set_stream(stream)  # which a recording that broke off leaves
+            self._output = None
+            # What ended the recording, which to end it then fails for too.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(cause, torch.OutOfMemoryError):
+                advice = (
+                    "A graph keeps memory of its own for a step: take a smaller --batch-size, or --cuda-graphs off."
+                )
+            else:
+                advice = (
+                    "Some module reads a device value on the host (.item(), an if on a tensor) or has shapes that "
+                    "depend on the data; look at the plugins, or run with --cuda-graphs off."
+                )
+            said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise UserError(f"the {self._name} step cannot be recorded as a CUDA graph: {said}. {advice}") from error
         self._graph, self._inputs = graph, _leaves(own)
 
 

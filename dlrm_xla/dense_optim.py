@@ -39,7 +39,8 @@ def dense_optimizer(
     for values in state["state"].values():
         if "step" in values:
             # torch_xla keeps one copy of equal numbers without a dimension: all step counts would be one input of the
-            # first graph and several of the next. A dimension of 1 keeps them apart.
+            # first graph and several of the next. A dimension of 1 keeps them apart. CUDA graphs want them
+            # on the device.
             values["step"] = torch.zeros([1] if device.capturable else [])
     optimizer = _KINDS[name]([{"params": parameters} for parameters, _ in real], lr=0.0, foreach=False)
     for group, (_, rate) in zip(state["param_groups"], real, strict=True):

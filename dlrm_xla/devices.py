@@ -304,15 +304,18 @@ def _cuda() -> Device:
 
     rows = RowAccess("a GPU", _gather, _scatter, _sum_rows)
     loud = ""
-    if importlib.util.find_spec("triton") is None:
-        loud = (
-            "Triton is not installed: torch's own operations look rows up and update them, at several times the bytes. "
-            "pip install triton in the version that this torch asks for"
-        )
-    else:
+    try:
         from dlrm_xla import cuda_rows as kernels
 
+        # Triton compiles with the C compiler of the machine, which may not be there.
+        kernels.gather_rows(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int32, device=device), 1)
         rows = RowAccess("a GPU", kernels.gather_rows, _scatter, kernels.sum_rows, kernels.update_rows)
+    except Exception as error:  # whatever keeps Triton from running, torch's operations do
+        loud = (
+            f"Triton does not run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}), so torch's own "
+            "operations look rows up and update them, at several times the bytes. Install triton in the version that "
+            "this torch asks for, and a C compiler with Python's headers"
+        )
     return Device(
         "cuda",
         device,
@@ -432,7 +435,7 @@ def _near_bytes(chips: int) -> int:
 
 
 def _tpu() -> Device:
-    """One TPU chip by Google's torch_tpu, for torch 2.11 to 2.15: a step's operations run one by one, as on CUDA."""
+    """One TPU chip by Google's torch_tpu, for torch 2.11 to 2.15: a step's operations run one by one."""
     if importlib.util.find_spec("torch_tpu") is None:
         raise UserError(
             "--device tpu needs torch_tpu, which is not installed: on a TPU host, pip install torch_tpu in an "

@@ -376,7 +376,8 @@ def write_rows(lines_LW: Tensor, first: int, values_RD: Tensor) -> None:
         lines_LPD[line + whole, :left] = values_RD[whole * pack :]
 
 
-@functools.lru_cache(maxsize=64)
+# Kept for good, as the two below: a recorded step reads them where they were.
+@functools.cache
 def bag_starts(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each bag starts among B S slots of bags that lie side by side, int32 [B F]."""
     within = [0, *itertools.accumulate(lengths)][:-1]
@@ -384,13 +385,13 @@ def bag_starts(batch: int, lengths: tuple[int, ...], device: torch.device) -> Te
     return starts.flatten().int().to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _bag_ends(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
     slots = torch.tensor([batch * sum(lengths)], dtype=torch.int32, device=device)
     return torch.cat([bag_starts(batch, lengths, device), slots])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def bag_of_slot(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """The bag of each slot, int32 [B S]."""
     bags = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))

@@ -142,10 +142,10 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
             others["FBGEMM in a graph"] = lambda: arms.fbgemm(case, graph=True)
         if case.device.name == "xla":
             others["naive torch_xla"] = lambda: arms.naive(case)
-    if given.others == ["all"]:
-        return makers | others
-    if unknown := set(given.others) - {"none", *others}:
-        raise UserError(f"--others: there is no {', '.join(sorted(unknown))} here; all, none, or {', '.join(others)}")
+    if given.others in (["all"], ["none"]):
+        return makers | (others if given.others == ["all"] else {})
+    if unknown := set(given.others) - set(others):
+        raise UserError(f"--others: {', '.join(sorted(unknown))}: all, none, or of {', '.join(others)}")
     return makers | {name: make for name, make in others.items() if name in given.others}
 
 

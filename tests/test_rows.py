@@ -247,10 +247,38 @@ def test_fifty_steps_equal_the_dense_twin(device, name, placement, decay):
     _equal_the_twin(_device(device), name, placement, decay)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_cudas_kernels_equal_the_dense_twin(name):
+def test_cudas_kernels_equal_the_dense_twin(name, decay):
     """Few steps, for without a GPU they are interpreted."""
-    _equal_the_twin(_device("cpu-cuda's kernels"), name, "sparse", 0.1, steps=6)
+    _equal_the_twin(_device("cpu-cuda's kernels"), name, "sparse", decay, steps=4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu-cuda's kernels"])
+def test_weights_that_are_a_view_of_others_count_as_they_are(device):
+    """As a bag gets them that a plugin calls by itself, of a feature beside others."""
+    device, model = _device(device), nn.Module()
+    model.bag = RowTable(Table("t", 5, 2))
+    rows = model.bag.weight.detach().clone()
+    store = RowStore(model, device, RowSettings("sgd"), 1.0)
+    ids, weights = torch.tensor([[3], [1], [3], [0]], dtype=torch.int32), torch.rand(4, 3)
+    bag = device.place(model).bag.train()
+    out = bag(ids.to(device.torch_device), weights.to(device.torch_device)[:, 1:2])
+    torch.testing.assert_close(out.detach().cpu(), rows[ids[:, 0].long()] * weights[:, 1:2])
+    torch.autograd.backward(out.sum())
+    store.step()
+    ((_, after),) = store.tables()
+    torch.testing.assert_close(rows.index_add(0, ids[:, 0], -weights[:, 1:2].expand(4, 2)), after)
+
+
+def test_cudas_kernels_give_no_numbers_for_ids_without_a_row():
+    kernels, where = cuda_rows(), "cuda" if HAS_CUDA else "cpu"
+    rows = torch.ones(4, 3, device=where)
+    ids_N = torch.tensor([0, 4, -1, 3], dtype=torch.int32, device=where)
+    starts_G = torch.arange(4, dtype=torch.int32, device=where)
+    for found in (kernels.gather_rows(rows, ids_N, 3), kernels.sum_rows(rows, ids_N, starts_G, rows[:, 0])):
+        assert found.isnan().all(1).tolist() == [False, True, True, False]
+        assert (found[[0, 3]] == 1).all()
 
 
 @needs_xla
