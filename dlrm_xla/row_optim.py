@@ -116,10 +116,13 @@ class StackOptimizer(nn.Module):
         update_rows = stack.device.rows.update_rows
         assert update_rows is not None
         ids_N = self._touched(stack)
-        bags_N, weights_N, grads_GD = _slots(ids_N, stack.lookups)
-        length = stack.lookups[0].bag_length if len(stack.lookups) == 1 else 0
-        arrays = [stack.rows, *self.states()]
-        return update_rows(arrays, ids_N, length or bags_N, weights_N, grads_GD, self.settings, learning_rate, step)
+        arrays, first = [stack.rows, *self.states()], stack.lookups[0]
+        slots: tuple[Tensor | int, Tensor, Tensor]
+        if len(stack.lookups) == 1 and first.pooled and first.bag_length:  # which says what bag a slot is of
+            slots = first.bag_length, first.weights_BS.reshape(-1), first.gradient().flatten(0, 1)
+        else:
+            slots = _slots(ids_N, stack.lookups)
+        return update_rows(arrays, ids_N, *slots, self.settings, learning_rate, step)
 
     def _touched(self, stack: RowStack) -> Tensor:
         ids_N = _joined([lookup.ids_BS.reshape(-1) for lookup in stack.lookups])

@@ -179,9 +179,7 @@ class Lookup(NamedTuple):
 
     @property
     def bag_length(self) -> int:
-        """How many slots each of the gradients is of; 0 where they differ."""
-        if not self.pooled:
-            return 1
+        """How many slots each of the bags has; 0 where they differ."""
         return self.lengths[0] if len(set(self.lengths)) == 1 else 0
 
     def gradient_sums(self) -> Tensor:

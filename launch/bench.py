@@ -130,7 +130,7 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
             makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
         if case.what == "step":
-            makers[f"{OURS} bf16"] = lambda: arms.in_bf16(case)
+            makers[f"{OURS} bf16"] = lambda: arms.ours(case, "sparse", precision="bf16")
             if case.device.optional_graphs:
                 makers[f"{OURS} without a graph"] = lambda: arms.ours(case, "sparse", cuda_graphs="off")
         others = {

@@ -128,11 +128,6 @@ def ours(case: Case, placement: Placement, kernels: RowKernels = "own", **settin
     return _one_table(case, device.place(model), model.bag, store.step)
 
 
-def in_bf16(case: Case) -> Repetition:
-    """The train step with its matrix products in bfloat16."""
-    return _dlrm_step(case, [RowTable] * len(case.table_rows), precision="bf16")
-
-
 def placed(case: Case, matmul_rows: int, dense_rows: int) -> Repetition:
     """The train step with tables of up to so many rows placed as matmul, the next as dense, the others as sparse."""
     return _dlrm_step(case, [RowTable] * len(case.table_rows), matmul_rows=matmul_rows, dense_rows=dense_rows)

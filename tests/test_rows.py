@@ -397,9 +397,8 @@ def test_cudas_kernels_round_to_bf16_as_every_device_does(name):
         store = RowStore(model, device, RowSettings(name, state="bf16"), 0.01)
         bag = device.place(model).bag.train()
         for step in range(3):
-            ids = (
-                torch.arange(step, 37, dtype=torch.int32).unsqueeze(1).to(device.torch_device)
-            )  # no sums, whose order may differ
+            # No sums, whose order may differ.
+            ids = torch.arange(step, 37, dtype=torch.int32).unsqueeze(1).to(device.torch_device)
             out = bag(ids, torch.ones_like(ids, dtype=torch.float32))
             torch.autograd.backward((out * torch.linspace(-1, 1, 5).to(out.device)).sum())
             store.step()
@@ -431,28 +430,31 @@ def test_tables_in_files_train_like_tables_in_memory(tmp_path, name):
         RowFiles(tmp_path / "rows")
 
 
-def test_a_table_looked_up_twice_in_a_step_gets_both_gradients():
-    model = nn.Module()
+@pytest.mark.parametrize("device", ["cpu", "cpu-cuda's kernels"])
+def test_a_table_looked_up_twice_in_a_step_gets_both_gradients(device):
+    model, device = nn.Module(), _device(device)
     model.bag = RowTable(Table("t", 5, 2))
-    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 1.0)
+    store = RowStore(model, device, RowSettings("sgd"), 1.0)
+    device.place(model)
     ((_, before),) = [(n, r.clone()) for n, r in store.tables()]
-    ids, ones = torch.tensor([[3]], dtype=torch.int32), torch.ones(1, 1)
+    ids, ones = (t.to(device.torch_device) for t in (torch.tensor([[3]], dtype=torch.int32), torch.ones(1, 1)))
     torch.autograd.backward((model.bag(ids, ones) + model.bag(ids, ones)).sum())
     store.step()
     ((_, after),) = store.tables()
     torch.testing.assert_close(before - after, torch.tensor([[0.0] * 2] * 3 + [[2.0] * 2] + [[0.0] * 2]))
 
 
-def test_weights_that_a_plugin_learns_get_gradients():
-    model = nn.Module()
+@pytest.mark.parametrize("device", ["cpu", "cpu-cuda's kernels"])
+def test_weights_that_a_plugin_learns_get_gradients(device):
+    model, device = nn.Module(), _device(device)
     model.bag = RowTable(Table("t", 5, 2))
     dense = [model.bag.weight.detach().clone().requires_grad_(), torch.rand(4, 3, requires_grad=True)]
-    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.5)
+    store = RowStore(model, device, RowSettings("sgd"), 0.5)
     ids = torch.tensor([[3, 0, 3], [1, 1, 4], [0, 0, 0], [2, 4, 1]], dtype=torch.int32)
-    learned = dense[1].detach().clone().requires_grad_()
-    torch.autograd.backward(model.bag(ids, learned).square().sum())
+    learned = dense[1].detach().to(device.torch_device).clone().requires_grad_()
+    torch.autograd.backward(device.place(model).bag(ids.to(device.torch_device), learned).square().sum())
     torch.autograd.backward((dense[0][ids.long()] * dense[1].unsqueeze(-1)).sum(1).square().sum())
-    torch.testing.assert_close(learned.grad, dense[1].grad)
+    torch.testing.assert_close(learned.grad.cpu(), dense[1].grad)
     store.step()
     ((_, rows),) = store.tables()
     torch.testing.assert_close(rows, dense[0].detach() - 0.5 * dense[0].grad)
