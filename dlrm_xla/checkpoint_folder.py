@@ -10,6 +10,7 @@ from typing import Any
 
 from dlrm_xla.checkpoint import read_about
 from dlrm_xla.errors import UserError
+from dlrm_xla.ranks import ALONE, Ranks
 
 SUFFIX = ".safetensors"
 
@@ -17,13 +18,13 @@ SUFFIX = ".safetensors"
 class CheckpointFolder:
     """Keeps the last ``keep`` checkpoints of a run; ``best`` stays when its step is forgotten.
 
-    A checkpoint is a file, or a folder where several ranks wrote it; one of them is the ``owner`` and keeps order.
+    A checkpoint is a file, or a folder where several ``ranks`` wrote it; the first of them keeps order.
     """
 
-    def __init__(self, path: Path, keep: int, owner: bool = True) -> None:
+    def __init__(self, path: Path, keep: int, ranks: Ranks = ALONE) -> None:
         self.path = path
         self.keep = keep
-        self.owner = owner
+        self.ranks = ranks
 
     def named(self, name: str) -> Path:
         """Where the checkpoint "last" or "best" lies."""
@@ -34,18 +35,22 @@ class CheckpointFolder:
         return sorted(self.path.glob(f"step-*{SUFFIX}"), reverse=True)
 
     def add(self, step: int, write: Callable[[Path], None], best: bool) -> None:
-        """Has a checkpoint written, gives it its names, and forgets the oldest."""
+        """Has a checkpoint written, gives it its names, and forgets the oldest; every rank then finds it by them."""
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step-{step:010d}{SUFFIX}"
         write(path)
-        if not self.owner:
-            return
+        if self.ranks.first:
+            self._keep_order(path, best)
+        self.ranks.wait()
+
+    def _keep_order(self, path: Path, best: bool) -> None:
         # Before "last": whoever is killed here is resumed from this step, and finds its best.
         if best:
             self._name(path, "best")
         self._name(path, "last")
         kept = self.named("best").resolve()
-        for old in self.by_step()[self.keep :]:
+        # One of a later step is a damaged one that a run went back behind: it must not count in place of this.
+        for old in [p for p in self.by_step() if p <= path][self.keep :]:
             if old.resolve() != kept:
                 _remove(old)
 

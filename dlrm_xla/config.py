@@ -45,7 +45,9 @@ class Config:
     epochs: int = _setting(1, "passes over the training rows")
     batch_size: int = _setting(512, "samples per step")
     seed: int = _setting(0, "seed of the initial values and of the order of rows")
-    min_rows: int = _setting(1000, "tables with fewer rows than this stay exact")
+    min_rows: int = _setting(
+        1000, "tables with fewer rows than this stay exact, unless --ratio or --memory sizes the plugin"
+    )
     min_count: int = _setting(0, "ids seen less often than this in training share the row of missing ids; 0 keeps all")
     ratio: float = _setting(
         0.0,
@@ -128,6 +130,8 @@ _POSITIVE = (
     "synthetic_rows",
     "micro_batches",
     "keep_checkpoints",
+    "cross_layers",
+    "cross_rank",
 )
 _NOT_NEGATIVE = (
     "seed",
@@ -168,9 +172,10 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
         least = 1 if name in _POSITIVE else 0
         if getattr(config, name) < least:
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be at least {least}")
-    if not 0 <= config.plugin_lr < float("inf"):
-        raise UserError(f"plugin_lr is {config.plugin_lr} ({origins['plugin_lr']}), but must not be negative")
-    for name in ("dense_lr", "row_lr", "save_minutes", "rank_patience"):
+    for name in ("plugin_lr", "row_weight_decay"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be 0 or a number above it")
+    for name in ("dense_lr", "row_lr", "save_minutes", "rank_patience", "decay_power"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
     if not config.plugin.strip():

@@ -14,9 +14,17 @@ def click_metrics(labels: NDArray[np.float32], logits: NDArray[np.float32]) -> d
     Normalized entropy is the log loss divided by the entropy of the labels' own click rate (He et al. 2014,
     "Practical Lessons from Predicting Clicks on Ads at Facebook", section 3). AUC by sorting all scores, ties
     counted half (scikit-learn).
+
+    Raises UserError where labels are all the same, or a score is not finite.
     """
     from sklearn.metrics import roc_auc_score
 
+    lost = len(logits) - int(np.isfinite(logits).sum())
+    if lost:
+        raise UserError(
+            f"{lost:,} of {len(logits):,} scores are not finite, so there is no AUC. Lower --dense-lr or --row-lr, or "
+            "check the data; checkpoints saved before are kept."
+        )
     rate = float(labels.mean())
     if not 0 < rate < 1:
         raise UserError(

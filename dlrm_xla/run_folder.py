@@ -18,6 +18,7 @@ import yaml
 from dlrm_xla.checkpoint_folder import CheckpointFolder
 from dlrm_xla.config import Config
 from dlrm_xla.errors import UserError
+from dlrm_xla.ranks import ALONE, Ranks
 
 PACKAGES = (
     "dlrm_xla",
@@ -47,6 +48,7 @@ class RunFolder:
         resumed: Path | None = None,
         metrics_bytes: int = 0,
         samples: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.path = resumed or (Path(config.out) if config.out else _fresh(config))
         if resumed is None:
@@ -71,7 +73,7 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         self._events = SummaryWriter(str(self.path), purge_step=samples if resumed else None)
-        self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.keep_checkpoints, ranks)
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl and its figures to TensorBoard, over samples."""
@@ -138,9 +140,9 @@ class NoRunFolder:
 
     metrics_bytes = 0
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, ranks: Ranks) -> None:
         self.path = path
-        self.checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints, owner=False)
+        self.checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints, ranks)
 
     def log(self, row: dict[str, Any]) -> None:
         """Nothing."""

@@ -104,7 +104,7 @@ def flags() -> argparse.ArgumentParser:
     commands.add_argument(
         "--evaluate", type=Path, default=None, metavar="CHECKPOINT", help="score rows, write --out as Parquet, and stop"
     )
-    parser.add_argument("--split", default="test", choices=SPLITS, help="the rows that --evaluate scores")
+    parser.add_argument("--split", default=None, choices=SPLITS, help="the rows that --evaluate scores (default test)")
     commands.add_argument(
         "--export", type=Path, default=None, metavar="CHECKPOINT", help="write programs to the folder --out, and stop"
     )
@@ -198,9 +198,8 @@ def make_budget(config: Config, trained: Callable[[nn.Module, Table], int], exac
 
 
 def check_memory(plan: Plan) -> None:
-    """Refuses tables that do not fit; what is kept in files takes no memory."""
-    if plan.files is None:
-        planning.check_memory(plan.training, plan.memory)
+    """Refuses tables that do not fit."""
+    planning.check_memory(plan.training, plan.memory)
 
 
 def list_plugins() -> None:
@@ -328,12 +327,12 @@ def open_folder(
 
     def make() -> Path:
         samples = about.get("outcome", {}).get("samples", 0)
-        made.append(RunFolder(config, origins, resumed, about.get("metrics_bytes", 0), samples))
+        made.append(RunFolder(config, origins, resumed, about.get("metrics_bytes", 0), samples, ranks))
         return made[0].path.absolute()
 
     path = ranks.from_first(make)
     several_ranks.check_shared(path, ranks)
-    return made[0] if made else NoRunFolder(path, config)
+    return made[0] if made else NoRunFolder(path, config, ranks)
 
 
 def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -479,8 +478,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if listing:
             list_plugins()
             return 0
+        if split is not None and not evaluated:
+            raise UserError("--split names the rows that --evaluate scores: give --evaluate, or leave it out")
+        if plan_only and (evaluated or exported):
+            raise UserError("--plan is of a run that trains; leave it out with --evaluate and --export")
         if evaluated:
-            return use_checkpoint.evaluate(evaluated, given, split, open_data, warn)
+            return use_checkpoint.evaluate(evaluated, given, split or "test", open_data, warn)
         if exported:
             return use_checkpoint.export_model(exported, given)
         if resumed:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import registry
 from dlrm_xla.devices import Counters, open_device
+from dlrm_xla.errors import UserError
 from dlrm_xla.guards import doubts
+from dlrm_xla.metrics import click_metrics
 from dlrm_xla.train import GraphWatch, Steps
 
 launcher = launch_script("run")
@@ -84,6 +87,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_the_good_checkpoint_sta
     monkeypatch.setattr(Steps, "train", real)
     if device == "cpu":
         assert launcher.main(["--resume", str(out)]) == 0
+
+
+def test_scores_that_are_not_finite_are_told(tmp_path, capsys):
+    labels, logits = np.array([0, 1, 1], np.float32), np.array([0.5, np.nan, np.inf], np.float32)
+    with pytest.raises(UserError, match="2 of 3 scores are not finite"):
+        click_metrics(labels, logits)
+    (tmp_path / "c.yaml").write_text("synthetic_tables: [50, 50]\nlog_every: 1000\n")
+    flags = ["--config", str(tmp_path / "c.yaml"), "--synthetic-rows", "2100", "--dense-lr", "1e7"]
+    assert launcher.main([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert re.search(r"scores are not finite|is not finite at step|the loss is nan", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -25,6 +27,7 @@ from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
+from dlrm_xla.ranks import Ranks
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.rows import RowTable
 from dlrm_xla.train import Steps
@@ -166,6 +169,48 @@ def test_a_setting_that_is_newer_than_the_checkpoint_counts_as_its_default(setti
         assert capsys.readouterr().err == ""
         with pytest.raises(UserError, match="cross_rank: 512 -> 8"):
             launcher.find_start(dataclasses.replace(now, cross_rank=8), folder)
+
+
+class _Pair(Ranks):
+    """One of two ranks that are threads of this process."""
+
+    size = 2
+
+    def __init__(self, rank, barrier):
+        self.rank = rank
+        self.wait = barrier.wait
+
+
+def test_every_rank_finds_the_same_best_checkpoint(tmp_path, monkeypatch):
+    barrier, found = threading.Barrier(2), {}
+    rename = os.replace
+
+    def slow(*names):
+        time.sleep(0.2)
+        rename(*names)
+
+    monkeypatch.setattr(os, "replace", slow)
+
+    def train(rank):
+        folder = CheckpointFolder(tmp_path, 1, _Pair(rank, barrier))
+        for step in (1, 2):
+            folder.add(step, lambda path: path.mkdir(exist_ok=True), best=True)
+        found[rank] = folder.named("best").resolve().name
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == dict.fromkeys((0, 1), "step-0000000002.safetensors")
+
+
+def test_a_checkpoint_written_after_a_damaged_later_one_is_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path, 1)
+    for step in (300, 250, 260):
+        folder.add(step, lambda path: path.mkdir(), best=step == 300)
+    assert folder.named("last").resolve().name == "step-0000000260.safetensors"
+    assert [p.name for p in folder.by_step()] == ["step-0000000300.safetensors", "step-0000000260.safetensors"]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])

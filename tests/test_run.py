@@ -133,6 +133,9 @@ def test_the_best_checkpoint_is_the_model_that_was_reported(tmp_path, capsys):
         (["--batch-size", "0"], "batch_size is 0 (flag), but must be at least 1"),
         (["--config", "nothing.yaml"], "cannot read the configuration"),
         (["--row-lr", "-1"], "must be above 0"),
+        (["--plugin", "hash_rows:rows=9,rows=10"], "has the option 'rows' twice"),
+        (["--split", "train"], "--split names the rows that --evaluate scores"),
+        (["--evaluate", "c", "--plan"], "--plan is of a run that trains"),
         (["--preset", "terabyte", "--synthetic-rows", "1000"], "the tables need"),
         (["--plugin", "hash_rows", "--plugin", "tensorly_tt"], "--plugin hash_rows+tensorly_tt"),
         (["--device", "gpu"], "invalid choice: 'gpu'"),
@@ -294,6 +297,11 @@ def test_unknown_settings_and_wrong_types_are_told(tmp_path):
         ("epochs: three", r"epochs cannot be 'three' \(.*c.yaml\)"),
         ("[1, 2]", "lines of the form"),
         ("a: [", "not YAML"),
+        ("row_weight_decay: -1", r"row_weight_decay is -1.0 \(.*c.yaml\), but must be 0 or a number above it"),
+        ("row_weight_decay: .nan", "row_weight_decay is nan"),
+        ("decay_power: -1", "decay_power is -1.0 .*must be above 0"),
+        ("decay_power: .nan", "decay_power is nan"),
+        ("cross_rank: 0", "cross_rank is 0 .*must be at least 1"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=match):
