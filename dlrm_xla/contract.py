@@ -72,6 +72,12 @@ Plugin = Callable[Concatenate[Table, MakeBag, ...], nn.Module]
 """``def plugin(table, inner, *, option=default) -> nn.Module``; keyword-only arguments are its options."""
 
 
+def innermost(inner: MakeBag) -> MakeBag:
+    """The builder of exact tables at the end of what is composed behind a plugin, for rows to be exact anyhow."""
+    found: MakeBag = getattr(inner, "innermost", inner)
+    return found
+
+
 class Wanted(NamedTuple):
     """What a bag wants of one that it is around: bag(ids_BL, weights_BL), [B, D]."""
 

@@ -48,17 +48,19 @@ class TrainingBytes:
     ``padded`` are the parameters as the device lays them out; ``optimizer`` what the optimizers keep beside them,
     padded too; ``gradient`` the gradients of a step, of the rows looked up in a batch where rows are sparse.
     ``placement`` is that of the exact tables inside, "dense" for a plugin's own parameters, several joined by +.
+    ``in_files`` of it are rows and states that are files on disk.
     """
 
     placement: str
     padded: int
     optimizer: int
     gradient: int
+    in_files: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.padded + self.optimizer + self.gradient
+        """What of it is in memory."""
+        return self.padded + self.optimizer + self.gradient - self.in_files
 
 
 def bytes_kept(module: nn.Module) -> int:
@@ -95,6 +97,11 @@ def plan(
     for table in tables:
         if table.name in single:
             check_composition(parse(single[table.name]), table, innermost)
+    if budget and len(single) == len(tables):
+        raise UserError(
+            f"{budget.asked} has nothing to size, for the setting tables names a plugin for each table; leave one of "
+            "the two out"
+        )
     replaced = [t for t in tables if t.name not in single and (budget or t.num_rows >= min_rows)]
     if replaced:
         check_composition(parse(plugin), max(replaced, key=lambda t: t.num_rows), innermost, smallest=bool(budget))
@@ -102,8 +109,10 @@ def plan(
     sizes = {}
     if budget:
         given = [t for t in tables if t.name in single]
-        spent = sum(budget.cost(on_meta(compose(parse(single[t.name]), innermost), t), t) for t in given)
-        left = replace(budget, bytes=budget.bytes - spent)
+        spent = sum(
+            budget.cost(on_meta(compose(parse(single[t.name]), innermost), t, single[t.name]), t) for t in given
+        )
+        left = replace(budget, bytes=budget.bytes - spent, spent=spent)
         sizes = fit([t for t in tables if t.name not in single], parse(plugin), left, innermost, on_meta)
     for table in tables:
         spec = single.get(table.name, plugin)
@@ -142,6 +151,7 @@ def check_composition(layers: list[Layer], table: Table, innermost: MakeBag, sma
             asked.append(asked_for)
             return behind(asked_for)
 
+        inner.innermost = innermost  # type: ignore[attr-defined]
         on_meta(compose([layer], inner), table, "+".join(map(str, layers)))
         if not asked:
             rest = "+".join(map(str, layers[place:]))
@@ -183,13 +193,12 @@ def training_bytes(
     part from all of them.
     """
     placements: list[str] = []
-    padded = optimizer = gradient = 0
+    padded = optimizer = gradient = in_files = 0
     inside: set[int] = set()
     rule, state = RULES[config.row_optimizer], DTYPES[config.row_state]
-    for member in bag.modules():
-        if not isinstance(member, RowTable):
-            continue
+    for member, looked_up in lookups(bag, bag_length):
         assert member.weight is not None
+        before = padded + optimizer
         inside.add(id(member.weight))
         table, placement = member.table, place(member.table)
         placements.append(placement)
@@ -200,8 +209,10 @@ def training_bytes(
         for kind in rule.states:
             of_rows = (-(-table.num_rows // chips),)
             optimizer += held_bytes(of_rows if kind == "row" else shape, state, access)
+        if member.file_backed:
+            in_files += padded + optimizer - before
         if placement == "sparse":
-            gradient += config.batch_size * bag_length * (row_bytes(table.dim) if access.lanes else 4 * table.dim)
+            gradient += config.batch_size * looked_up * (row_bytes(table.dim) if access.lanes else 4 * table.dim)
         else:
             gradient += held_bytes(shape, torch.float32, access)
     copies = {"sgd": 0, "adagrad": 1, "adam": 2}[config.dense_optimizer]
@@ -214,7 +225,29 @@ def training_bytes(
             placements.append("dense")
             optimizer += copies * size
             gradient += size
-    return TrainingBytes("+".join(dict.fromkeys(placements)), padded, optimizer, gradient)
+    return TrainingBytes("+".join(dict.fromkeys(placements)), padded, optimizer, gradient, in_files)
+
+
+def lookups(bag: nn.Module, bag_length: int) -> list[tuple[RowTable, int]]:
+    """The exact tables inside a bag, and how many ids of each it looks up for one sample, found by running it.
+
+    A bag that does not run on shapes alone counts as one that looks up each of a sample's ids once in every table.
+    """
+    counts = {member: 0 for member in bag.modules() if isinstance(member, RowTable)}
+
+    def count(member: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        counts[member] += given[0].numel()  # type: ignore[index]
+
+    hooks = [member.register_forward_pre_hook(count) for member in counts]
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            bag(torch.zeros(1, bag_length, dtype=torch.int32), torch.ones(1, bag_length))
+    except Exception:  # whatever a stranger's bag makes of ids without values
+        return [(member, bag_length) for member in counts]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(counts.items())
 
 
 def held_bytes(shape: Sequence[int], dtype: torch.dtype, access: RowAccess) -> int:
@@ -239,8 +272,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
     )
     sums = None
     if training:
-        padded, optimizer, gradient = (sum(getattr(t, f.name) for t in training) for f in fields(TrainingBytes)[1:])
-        sums = TrainingBytes("", padded, optimizer, gradient)
+        sums = TrainingBytes("", *(sum(getattr(t, f.name) for t in training) for f in fields(TrainingBytes)[1:]))
     for p, t in zip([*plans, total], [*shown, sums], strict=True):
         note = f"  ({p.note})" if p.note else ""
         line = f"{p.name:<10}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
@@ -253,7 +285,8 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
         verdict = "fits" if need <= memory else "DOES NOT FIT"
         lines.append(
             f"tables, optimizer and gradients take {need / 1e9:,.2f} GB: {verdict} in {memory / 1e9:,.2f} GB "
-            "(MLPs and activations not counted)"
+            + (f"beside {sums.in_files / 1e9:,.2f} GB in files " if sums.in_files else "")
+            + "(MLPs and activations not counted)"
         )
     return "\n".join(lines)
 

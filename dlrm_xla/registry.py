@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any
 
-from dlrm_xla.contract import MakeBag, Plugin, Table
+from dlrm_xla.contract import MakeBag, Plugin, Table, innermost
 from dlrm_xla.errors import UserError, choices
 
 GROUP = "dlrm_xla.plugins"
@@ -96,15 +96,11 @@ def parse(spec: str) -> list[Layer]:
             key, equals, text = item.partition("=")
             if not equals:
                 raise UserError(f"cannot read the option {item!r} of plugin {name!r}; write {name}:key=value,key=value")
+            if key.strip() in given:
+                raise UserError(f"plugin {part.strip()!r} has the option {key.strip()!r} twice")
             given[key.strip()] = _value(name, plugin, key.strip(), text.strip())
         layers.append(Layer(name, given))
     return layers
-
-
-def check_options(name: str, plugin: Plugin, options: Mapping[str, Any]) -> None:
-    """Raises a UserError that names the good options where one is unknown or has the wrong type."""
-    for key, value in options.items():
-        _value(name, plugin, key, value)
 
 
 def _value(name: str, plugin: Plugin, key: str, given: Any) -> Any:
@@ -160,4 +156,5 @@ def _around(layer: Layer, plugin: Plugin, inner: MakeBag) -> MakeBag:
     def make(table: Table) -> Any:
         return plugin(table, inner, **layer.options)
 
+    make.innermost = innermost(inner)  # type: ignore[attr-defined]
     return make

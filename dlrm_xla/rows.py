@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -100,7 +101,7 @@ class RowFiles:
         return table.num_rows * table.dim * dtype.itemsize >= self.least_bytes
 
     def create(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A new file of zeros as an array; a UserError if the disk has no room."""
+        """A new file of zeros as an array, its blocks reserved; a UserError if the disk has no room."""
         if torch.get_default_device().type == "meta":  # a plan, which must leave nothing behind
             return torch.empty(shape, dtype=dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,16 @@ class RowFiles:
         self._count += 1
         numbers = math.prod(shape)
         free = shutil.disk_usage(self.folder).free
-        if numbers * dtype.itemsize > free:
+        try:
+            # A file with holes would end the process at the first row that finds no room.
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            need = numbers * dtype.itemsize
             raise UserError(
-                f"row_files: {path} needs {numbers * dtype.itemsize / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
-            )
+                f"row_files: {path} needs {need / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB ({error.strerror})"
+            ) from error
         return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
 
 
@@ -183,11 +190,15 @@ class Lookup(NamedTuple):
         return self.lengths[0] if len(set(self.lengths)) == 1 else 0
 
     def gradient_sums(self) -> Tensor:
-        """One number per name, not finite where any gradient of that table is not."""
+        """One number per name, not finite where any gradient of that bag is not."""
         assert self.leaf.grad is not None
         # Over samples first: five times faster on a CPU than over samples and columns at once.
         sums = self.leaf.grad.flatten(1).sum(0).view(self.leaf.shape[1], -1).sum(1)
-        return sums if len(sums) == len(self.names) else sums.sum().expand(len(self.names))
+        if len(sums) == len(self.names):
+            return sums
+        if self.bag_length:
+            return sums.view(len(self.names), -1).sum(1)
+        return torch.stack([part.sum() for part in torch.split(sums, list(self.lengths))])
 
 
 def pool(rows_ND: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -22,13 +22,15 @@ from dlrm_xla.registry import Layer, compose, load
 class Budget:
     """``bytes`` for all tables together, what a table's bag costs of them, and how the user asked for it.
 
-    ``whole`` are the bytes that a ratio is of, or 0 where the budget is no ratio.
+    ``whole`` are the bytes that a ratio is of, or 0 where the budget is no ratio; ``spent`` are those that tables with
+    a plugin of their own take and that ``bytes`` has no more.
     """
 
     bytes: float
     cost: Callable[[nn.Module, Table], int]
     asked: str
     whole: int = 0
+    spent: int = 0
 
 
 def sized_layer(layers: Sequence[Layer]) -> tuple[int, Size] | None:
@@ -84,9 +86,14 @@ def fit(
 def _refusal(layers: Sequence[Layer], budget: Budget, least: int) -> str:
     spec = "+".join(map(str, layers))
     text = f"{budget.asked}: {spec} takes at least {least:,} bytes for these tables"
+    if budget.spent:
+        text += f" beside {budget.spent:,} of those with a plugin of their own"
+        least += budget.spent
     if not budget.whole:
         return f"{text}; --memory {math.ceil(least / 1000)}kB is the least that it can keep to"
     reachable = math.floor(10 * budget.whole / least) / 10
+    if reachable < 1:
+        return f"{text}, more than exact tables; leave --ratio out, or give those tables less"
     return (
         f"{text}, so a ratio from 1 to {reachable:,.1f} is within its reach. Take --ratio {reachable:.1f}, or a "
         "plugin that keeps less per row"

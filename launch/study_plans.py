@@ -83,8 +83,10 @@ def _plan_bench(cell: Cell) -> dict[str, Any]:
     for name in np.atleast_1d(settings.get("device", "cpu")):
         open_device(str(name))
     rows, dim = (float(np.max(settings.get(key, default))) for key, default in (("rows", 1e6), ("dim", 16)))
-    tables = 26 if settings.get("what") in ("step", "plugins", None) else 1
-    return {"memory": PROCESS_BYTES + 2 * min(rows * tables, max(rows, sum(KAGGLE_ROWS))) * dim * 4}
+    capped = max(rows, sum(min(rows, table) for table in KAGGLE_ROWS))
+    totals = {"scale": 1e8, **dict.fromkeys(("step", "placement", "plugins"), capped)}
+    total = max(totals.get(what, rows) for what in np.atleast_1d(settings.get("what", "step")).tolist())
+    return {"memory": PROCESS_BYTES + 2 * total * dim * 4}
 
 
 def _plan_run(cell: Cell) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.registry import compose, parse
-from dlrm_xla.row_store import placement_rule
+from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowTable
 from dlrm_xla.train import Steps
 
@@ -77,6 +77,44 @@ def test_what_does_not_fit_is_said_and_refused():
     plan.check_memory(training, need)
     with pytest.raises(UserError, match="training the tables needs"):
         plan.check_memory(training, need - 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "looked_up"),
+    [
+        ("exact", [2]),
+        ("robe:blocks=100", [2 * 4]),
+        ("count_sketch:hashes=3", [2 * 3]),
+        ("hash_embeddings:hashes=2", [2, 2 * 2]),
+        ("hot_cold:hot=9+int4", [2, 2]),
+        ("tensorly_tt", []),
+    ],
+)
+def test_a_plan_counts_every_lookup_of_a_plugin(spec, looked_up):
+    bag = compose(parse(spec), RowTable)(Table("t", 5000, 16))
+    assert sorted(count for _, count in plan.lookups(bag.to("meta"), 2)) == sorted(looked_up)
+    config, _ = resolve({"batch_size": 64}, None)
+    access = open_device("cpu").rows
+    gradient = plan.training_bytes(bag, 2, config, access, placement_rule(config, access)).gradient
+    rows = sum(64 * count * member.table.dim * 4 for member, count in plan.lookups(bag, 2))
+    assert gradient == rows + sum(p.nbytes for n, p in bag.named_parameters() if not n.endswith("weight"))
+
+
+def test_files_take_no_memory_but_the_rest_does(tmp_path):
+    config, _ = resolve({"row_files": str(tmp_path / "files"), "batch_size": 8}, None)
+    device = open_device("cpu")
+    make, _ = row_builder(config, device)
+    table, small = Table("large", 2_000_000, 16), Table("small", 1_000_000, 4)
+    place = placement_rule(config, device.rows)
+    large, kept = (plan.training_bytes(plan.on_meta(make, t), 1, config, device.rows, place) for t in (table, small))
+    assert large.in_files == large.padded + large.optimizer == 2_000_000 * 17 * 4
+    assert large.total == large.gradient
+    assert kept.in_files == 0
+    plans, _ = plan.plan([table, small], "exact", {}, 0, make)
+    assert "beside 0.14 GB in files" in plan.text(plans, [large, kept], 1e9)
+    with pytest.raises(UserError, match="training the tables needs"):
+        plan.check_memory([large, kept], 1e6)
+    assert not (tmp_path / "files").exists()
 
 
 def test_placement_goes_by_rows_or_by_name():

@@ -44,6 +44,20 @@ def test_combined_duplicates_add_up(ids, dim, static):
         np.testing.assert_array_equal(g, grads_ND[ids_N == i].sum(0).numpy())
 
 
+@pytest.mark.parametrize("lengths", [(2, 2), (1, 3)])
+def test_a_gradient_that_is_not_finite_is_laid_to_its_own_table(lengths):
+    """Also where weights want gradients, so that rows and not bags are the leaf."""
+    model = nn.Module()
+    model.bags = BagCollection([RowTable(Table(name, 9, DIM)) for name in ("first", "second")])
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.1)
+    ids = [torch.zeros(BATCH, length, dtype=torch.int32) for length in lengths]
+    weights = [torch.ones(BATCH, length, requires_grad=True) for length in lengths]
+    (model.bags(ids, weights) * torch.tensor([1.0, np.nan]).view(2, 1)).sum().backward()
+    store.step()
+    with pytest.raises(UserError, match="the gradient of table second is not finite"):
+        store.check_gradients()
+
+
 @settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 3), st.lists(st.integers(0, 12), min_size=1, max_size=4))
 def test_rows_written_into_lines_come_back(pack, dim, left, counts):

@@ -1,6 +1,7 @@
 """Sizes from a budget."""
 
 import json
+import re
 
 import pytest
 from conftest import launch_script
@@ -134,6 +135,23 @@ def test_tables_with_a_plugin_of_their_own_are_paid_for_first():
     plans = _planned("hash_rows", 20, {"t1000003": "quotient_remainder:collisions=50"})
     assert plans[-1].plugin == "quotient_remainder:collisions=50"
     assert sum(p.bytes for p in plans) <= WHOLE / 20
+
+
+def test_what_is_offered_counts_tables_with_a_plugin_of_their_own():
+    single = {"t1000003": "quotient_remainder:collisions=50"}
+    with pytest.raises(UserError, match=r"beside .* of those with a plugin of their own") as error:
+        _planned("int4", 1000, single)
+    reachable = _offered(error.value)
+    assert sum(p.bytes for p in _planned("int4", reachable, single)) <= WHOLE / reachable
+    with pytest.raises(UserError, match=r"--memory 2kB: .* beside .*; --memory \d+kB is the least") as error:
+        plan.plan(TABLES, "int4", single, 0, budget=Budget(2000, lambda bag, _: plan.bytes_kept(bag), "--memory 2kB"))
+    least = int(re.search(r"--memory (\d+)kB is", str(error.value))[1]) * 1000
+    budget = Budget(least, lambda bag, _: plan.bytes_kept(bag), "--memory")
+    assert sum(p.bytes for p in plan.plan(TABLES, "int4", single, 0, budget=budget)[0]) <= least
+    with pytest.raises(UserError, match="nothing to size"):
+        _planned("int4", 10, {t.name: "int4" for t in TABLES})
+    with pytest.raises(UserError, match="'low_rank:rank=99' refuses table t40"):
+        _planned("int4", 10, {"t40": "low_rank:rank=99"})
 
 
 def test_a_run_keeps_to_its_ratio_and_a_plan_to_its_memory(tmp_path, capsys):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.compression import set_table
-from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, sized
-from dlrm_xla.rows import RowTable
+from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, innermost, sized
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.hashing import MappedIds
 
@@ -49,10 +48,10 @@ def hot_cold(table: Table, inner: MakeBag, *, hot: int = 1000) -> nn.Module:
         raise ValueError(f"hot_cold: hot is {hot}, but must be at least 1")
     exact = replace(table, name=f"{table.name}.hot", num_rows=min(hot, table.num_rows), std=table.start_std)
     if table.num_rows <= hot:
-        return RowTable(replace(table, std=table.start_std))
+        return innermost(inner)(replace(table, std=table.start_std))
     # Row 0 of the rest is of missing ids, which are hot: it stays unused.
     rest = replace(table, name=f"{table.name}.cold", num_rows=table.num_rows - hot + 1, std=table.start_std)
-    return HotColdBag(RowTable(exact), inner(rest), hot)
+    return HotColdBag(innermost(inner)(exact), inner(rest), hot)
 
 
 class HotColdBag(ComposedBag):
