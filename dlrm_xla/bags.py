@@ -169,6 +169,9 @@ class _Rounds:
         except StopIteration as end:
             deliver(end.value)
             return
+        if not wanted:
+            self._go_on(computation, [], deliver)
+            return
         arrived: dict[int, Tensor] = {}
 
         def arrive(place: int, out_BD: Tensor) -> None:

@@ -314,14 +314,15 @@ def _cuda() -> Device:
         loud = (
             f"Triton does not run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}), so torch's own "
             "operations look rows up and update them, at several times the bytes. Install triton in the version that "
-            "this torch asks for, and a C compiler with Python's headers"
+            "this torch asks for, and a C compiler with Python's headers. Steps are not recorded as CUDA graphs then, "
+            "for these operations ask how many ids differ"
         )
     return Device(
         "cuda",
         device,
         description,
         lambda m: m.to(device),
-        CapturedStep,
+        CapturedStep if rows.update_rows else _as_it_is,
         torch.cuda.synchronize,
         Counters,
         rows,
@@ -334,7 +335,7 @@ def _cuda() -> Device:
         _write,
         loud,
         capturable=True,
-        optional_graphs=True,
+        optional_graphs=rows.update_rows is not None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -320,6 +321,21 @@ def test_pruned_rows_keep_their_largest_numbers():
     assert torch.equal(rows[rows != 0], weight[rows != 0])
     assert (weight.abs() * (rows == 0)).amax(1).lt(torch.where(rows == 0, 9, rows.abs()).amin(1)).all()
     assert bytes_kept(bag) == 50 * (3 * 4 + 2)
+
+
+def test_of_equal_numbers_pruning_keeps_as_many_as_it_counts():
+    bag = _made("prune:kept=2", Table("t", 4, 4))
+    weight = [[1, -1, 0.5, 0.25], [3, 2, -2, 2], [1, 1, 1, 1], [0, 0, 0, 0]]
+    bag.set_table(TrainedRows.of(torch.tensor(weight)))
+    expected = [[1, -1, 0, 0], [3, 2, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert _rows(bag, 4).tolist() == expected
+
+
+def test_hot_rows_are_made_by_the_innermost_builder():
+    make = registry.compose(registry.parse("hot_cold:hot=9+hash_rows:rows=5"), partial(RowTable, dtype=torch.bfloat16))
+    for rows in (50, 9):
+        tables = [m for m in make(Table("t", rows, 4)).modules() if isinstance(m, RowTable)]
+        assert {m.weight.dtype for m in tables} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("dim", "width"), [(16, 2), (7, 3)])

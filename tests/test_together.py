@@ -131,6 +131,22 @@ class Residual(ComposedBag):
         return first + 2 * again + 3 * itself + 4 * last
 
 
+class AsksNothing(Residual):
+    def compute(self, ids_BL, weights_BL):
+        assert (yield []) == []
+        (found,) = yield [Wanted(self.bag, ids_BL, weights_BL)]
+        return found
+
+
+def test_a_bag_may_ask_for_nothing():
+    model = nn.Module()
+    model.bags = BagCollection([AsksNothing(RowTable(Table("t", 50, DIM)))])
+    ids_B1, ones_B1 = torch.tensor([[0], [7], [46]], dtype=torch.int32), torch.ones(3, 1)
+    alone = model.bags([ids_B1], [ones_B1])
+    RowStore(model, _device("cpu"), RowSettings("sgd"), RATE)
+    torch.testing.assert_close(model.bags([ids_B1], [ones_B1]), alone)
+
+
 def test_a_bag_may_ask_in_rounds_and_call_bags_too():
     torch.manual_seed(0)
     table = RowTable(Table("t", 50, DIM))

@@ -63,7 +63,10 @@ class PrunedBag(ComposedBag):
     def _pruned(self, rows_ND: Tensor) -> Tensor:
         size_ND = rows_ND.abs()
         least_N1 = size_ND.topk(self.kept, 1).values[:, -1:]
-        return torch.where(size_ND >= least_N1, rows_ND, 0)
+        # Of numbers of one size the first are kept, as many as are left to keep.
+        larger_ND, equal_ND = size_ND > least_N1, size_ND == least_N1
+        left_N1 = self.kept - larger_ND.sum(1, keepdim=True)
+        return torch.where(larger_ND | (equal_ND & (equal_ND.cumsum(1) <= left_N1)), rows_ND, 0)
 
     def set_table(self, rows: TrainedRows) -> None:
         """Each row's largest numbers: of all that keep as many, the nearest."""
