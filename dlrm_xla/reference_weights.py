@@ -63,10 +63,11 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _renamed(state, _BACK, "The script knows exact tables and the interactions dot and cat only.")
 
 
-def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe(state: Mapping[str, Tensor], interaction: str | None = None) -> dict[str, Any]:
     """The model that renamed weights belong to, as `dlrm_xla.serving.build` takes it.
 
-    The interaction follows from the width of the top MLP's input. Raises UserError where it is neither dot nor cat.
+    The interaction follows from the width of the top MLP's input. Raises UserError where it is neither dot nor cat, or
+    could be either and is not given.
     """
 
     def weights(part: str) -> list[Tensor]:
@@ -84,6 +85,16 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
             f"the top MLP takes {top[0].shape[1]} numbers, but the dot interaction gives {widths['dot']} and cat "
             f"{widths['cat']}; products of a vector with itself (--arch-interaction-itself) are not supported"
         )
+    if interaction and interaction not in kinds:
+        raise UserError(
+            f"the top MLP takes {top[0].shape[1]} numbers, as with the {kinds[0]} interaction; {interaction} would "
+            f"give {widths[interaction]}"
+        )
+    if len(kinds) > 1 and interaction is None:
+        raise UserError(
+            f"of {len(tables)} tables of width {dim} the dot and the cat interaction give {widths['dot']} numbers "
+            "each, so these weights do not say which it was; launch/convert.py takes --interaction"
+        )
     return {
         "num_dense": bottom[0].shape[1],
         "bag_lengths": [1] * len(tables),
@@ -92,7 +103,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ],
         "bottom": [len(w) for w in bottom[:-1]],
         "top": [len(w) for w in top[:-1]],
-        "interaction": kinds[0],
+        "interaction": interaction or kinds[0],
         "cross_layers": 1,
         "cross_rank": 1,
         "seed": 0,

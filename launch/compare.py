@@ -79,6 +79,7 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(report)
     found = []
     for (plugin, ratio, device, rates, count), group in groups.items():
+        _check_one_setting(group)
         seeds = [r["seed"] for r in group]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"two runs of {plugin} at ratio {ratio:g} on {device} have one seed: {sorted(seeds)}")
@@ -94,6 +95,18 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row["samples/s"] = statistics.median(r["train_samples_per_second"] for r in group)
         found.append(row)
     return sorted(found, key=lambda r: (r["ratio asked"], -r["auc"]))
+
+
+def _check_one_setting(group: Sequence[dict[str, Any]]) -> None:
+    """Raises a UserError where runs of one row differ in what the row does not show."""
+    for key in ("min_rows", "tables", "row_kernels"):
+        values = {str(r["settings"][key]): r["folder"] for r in group if key in r["settings"]}
+        if len(values) > 1:
+            (one, here), (other, there) = list(values.items())[:2]
+            raise UserError(
+                f"{here} has {key} {one}, {there} has {other}: both are {group[0]['plugin']} on {group[0]['device']}, "
+                "and would be one row. Compare them in two tables."
+            )
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

@@ -22,13 +22,13 @@ from dlrm_xla.run_folder import versions
 from dlrm_xla.train import Steps
 
 
-def from_reference(path: Path, out: Path) -> str:
+def from_reference(path: Path, out: Path, interaction: str | None = None) -> str:
     """Writes a checkpoint with the weights of the script's file."""
     state = reference_weights.from_reference(reference_weights.read(path))
-    described = reference_weights.describe(state)
+    described = reference_weights.describe(state, interaction)
     model = serving.build(described)
     model.load_state_dict(state)
-    config = Config(dim=described["tables"][0]["dim"], bottom=described["bottom"], top=described["top"])
+    config = Config(dim=described["tables"][0]["dim"], **{k: described[k] for k in ("bottom", "top", "interaction")})
     about = {"step": 0, "config": dataclasses.asdict(config), "model": described, "versions": versions()}
     Steps(model, described["bag_lengths"], open_device("cpu"), config).save(out, about)
     return f"{len(described['tables'])} tables, {described['interaction']} interaction"
@@ -49,12 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     way.add_argument("--from-reference", type=Path, metavar="FILE", help="what the script's --save-model wrote")
     way.add_argument("--to-reference", type=Path, metavar="CHECKPOINT", help="a checkpoint with exact tables")
     parser.add_argument("--out", type=Path, required=True, help="file to write; must not exist")
+    parser.add_argument(
+        "--interaction", choices=["dot", "cat"], help="of --from-reference, where the weights' shapes fit both"
+    )
     given = parser.parse_args(arguments)
     try:
         if given.out.exists():
             raise UserError(f"--out {given.out} is there already. Choose a new name.")
+        if given.interaction and given.to_reference:
+            raise UserError("--interaction is of --from-reference; a checkpoint knows its own")
         if given.from_reference:
-            told = from_reference(given.from_reference, given.out)
+            told = from_reference(given.from_reference, given.out, given.interaction)
         else:
             told = to_reference(given.to_reference, given.out)
     except UserError as error:

@@ -16,7 +16,7 @@ def run_folder(tmp_path):
         folder = tmp_path / f"{plugin}-{seed}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         settings = {"plugin": plugin, "seed": seed, "ratio": 10.0, "epochs": 1, "data": "/somewhere/criteo.tsv"}
-        settings |= {"min_count": 4, "row_lr": 0.02}
+        settings |= {"min_count": 4, "row_lr": 0.02, "min_rows": 1000, "tables": {}}
         report = {
             "plugin": plugin,
             "seed": seed,
@@ -75,6 +75,8 @@ def test_a_file_gets_table_and_plot_between_its_markers(run_folder, tmp_path, ca
         ({"interrupted": True}, "was interrupted"),
         ({"data": "/somewhere/other.tsv"}, "has data other.tsv"),
         ({}, r"two runs of a at ratio 10 on cpu have one seed: \[0, 0\]"),
+        ({"min_rows": 10}, "has min_rows 1000, .* has 10: both are a on cpu, and would be one row"),
+        ({"tables": {"C1": "int4"}}, "has tables {}, .* has {'C1': 'int4'}"),
     ],
 )
 def test_runs_that_do_not_compare_are_refused(run_folder, capsys, changes, words):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import launch_script
 
-from dlrm_xla import serving
+from dlrm_xla import checkpoint, serving
 from dlrm_xla.batches import PackedBatch, unpack
 
 convert = launch_script("convert")
@@ -58,6 +58,19 @@ def test_the_scripts_names_come_back_bit_for_bit(tmp_path):
     again = torch.load(back, weights_only=True)["state_dict"]
     assert list(map(str, sorted(again))) == sorted(state)
     assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_weights_that_fit_two_interactions_are_asked_about(tmp_path, capsys):
+    layout = {n: t for n, t in _layout().items() if not n.startswith("emb_l.")}
+    dim = len(layout["bot_l.2.weight"])
+    tables = {f"emb_l.{k}.weight": torch.randn(9, dim) for k in range(2 * dim - 1)}
+    layout |= tables | {"top_l.0.weight": torch.randn(len(layout["top_l.0.bias"]), 2 * dim * dim)}
+    file, out = str(_saved(layout, tmp_path / "both.pt")), tmp_path / "m.safetensors"
+    assert convert.main(["--from-reference", file, "--out", str(out)]) == 2
+    assert "takes --interaction" in capsys.readouterr().err
+    assert convert.main(["--from-reference", file, "--out", str(out), "--interaction", "cat"]) == 0
+    about = checkpoint.read_about(out)
+    assert about["model"]["interaction"] == about["config"]["interaction"] == "cat"
 
 
 class _Malice:

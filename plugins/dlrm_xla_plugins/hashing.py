@@ -25,8 +25,9 @@ def hash_rows(
         e_i = s(i) W[h(i)],  h(0) = 0,  h(i) = 1 + hash(i - 1) mod (rows - 1),  s(i) = 1, or +-1 with ``signed``
 
     With ``mod`` and ``signed`` the ``rows`` - 1 hottest ids never meet each other, because ids are ordered by
-    frequency. The row for missing ids is shared with nobody. Keeps 4 rows dim bytes; a table with no more rows
-    stays as it is.
+    frequency. ``multiply_shift`` mixes an id's bits by two multiplications and shifts first (`hashes.mixed`), so that
+    ids meet as if at random. The row for missing ids is shared with nobody. Keeps 4 rows dim bytes; a table with no
+    more rows stays as it is.
 
     Weinberger et al. 2009, "Feature Hashing for Large Scale Multitask Learning", section 2.
     """

@@ -58,8 +58,10 @@ def srht(table: Table, inner: MakeBag, *, dim: int = 4) -> nn.Module:
 
         e_i = S[i] P,   P [dim, D] = sqrt(1 / dim) R H F: F random signs, H a Hadamard matrix, R ``dim`` of its rows
 
-    P's rows are orthogonal, so nothing of a narrow row is lost, where gaussian ones may nearly coincide. Keeps
-    4 dim (num_rows + D) bytes. Rows start with the exact table's standard deviation.
+    Where D is a power of two P's rows are orthogonal, so nothing of a narrow row is lost, where gaussian ones may
+    nearly coincide. Of another D H is the next power's, cut to D columns: rows are then no longer orthogonal, and close
+    to D some may depend on one another. Keeps 4 dim (num_rows + D) bytes. Rows start with the exact table's standard
+    deviation.
 
     Ailon & Chazelle 2009, "The Fast Johnson-Lindenstrauss Transform"; Tropp 2011, "Improved Analysis of the Subsampled
     Randomized Hadamard Transform", section 1.
