@@ -161,6 +161,17 @@ class FromTable(Protocol):
         """
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A bag that is stored in fewer bytes than it is trained in, as quantized rows are."""
+
+    def bytes_to_serve(self) -> int:
+        """Bytes of what ``served`` gives."""
+
+    def served(self) -> nn.Module:
+        """A bag that gives what this one does, only looked up: made of what is stored, and nothing else."""
+
+
 @dataclass(frozen=True)
 class Size:
     """The option that sizes a plugin, and its values for a table from the smallest bag to the largest."""

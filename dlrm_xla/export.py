@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from dlrm_xla.contract import Stored
 from dlrm_xla.devices import open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.serving import Scorer
@@ -15,17 +17,28 @@ from dlrm_xla.serving import Scorer
 TORCH, STABLEHLO = "model.pt2", "stablehlo"
 
 
+def store(model: nn.Module) -> None:
+    """Puts in the place of each bag what it is stored as."""
+    for name, module in list(model.named_children()):
+        if isinstance(module, Stored):
+            setattr(model, name, module.served())
+        else:
+            store(module)
+
+
 def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> list[str]:
     """Writes `model.pt2` for any batch size, `stablehlo/` for ``batch`` samples, and `interface.json`; returns names.
 
-    Both map (dense_BI float32, ids_BS int32) to click probabilities [B]; tables are in them as they were trained, so a
-    compressed model stays compressed. StableHLO needs torch_xla and is left out where that is missing.
+    Both map (dense_BI float32, ids_BS int32) to click probabilities [B]. Tables are in them as they are stored to
+    serve, codes of quantized rows packed, so ``scorer`` cannot be trained any more. StableHLO needs torch_xla and is
+    left out where that is missing.
 
     Raises UserError where a plugin cannot be exported.
     """
     described = about["model"]
     width = sum(described["bag_lengths"])
     example = (torch.zeros(batch, described["num_dense"]), torch.zeros(batch, width, dtype=torch.int32))
+    store(scorer)
     scorer = scorer.eval().requires_grad_(False)
     size = torch.export.Dim("batch", min=1)
     try:

@@ -11,9 +11,12 @@ from conftest import needs_xla
 from dlrm_xla_plugins import multiplied_trains
 from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
-from dlrm_xla_plugins.quantized import dequantize, pack, quantize, unpack
+from dlrm_xla_plugins.quantized import dequantize, quantize
+from dlrm_xla_plugins.stored import pack, unpack
 from dlrm_xla_plugins.tensor_factors import CPBag, TuckerBag
 from dlrm_xla_plugins.tensor_train import TensorTrainBag, column_radices, row_radices
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from dlrm_xla import registry
@@ -305,9 +308,9 @@ def test_quantized_rows_are_those_that_their_stored_bytes_give_back(bits, dim):
     bag = _made(f"int{bits}", table)
     weight = bag.bag.weight.detach()
     codes, scales = quantize(weight, bits)
-    packed = pack(codes, bits)
+    packed = pack(codes + 2 ** (bits - 1), bits)
     assert packed.numel() + scales.numel() * 2 == bytes_kept(bag)
-    stored = dequantize(unpack(packed, dim, bits), scales)
+    stored = dequantize(unpack(packed, dim, bits) - 2.0 ** (bits - 1), scales)
     torch.testing.assert_close(_rows(bag, 200), stored, atol=1e-8, rtol=1e-6)
     levels = (torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + 0.5) * scales.float().unsqueeze(2)
     nearest = (levels - weight.unsqueeze(2)).abs().amin(2)
@@ -347,6 +350,29 @@ def test_product_codes_are_those_of_the_nearest_centroids(dim, width):
     expected = torch.stack([bag.centroids[k, nearest[:, k]] for k in range(parts)], 1).flatten(1)[:, :dim]
     torch.testing.assert_close(_rows(bag, 50), expected.detach())
     assert bytes_kept(bag) == 50 * -(-parts * 3 // 8) + 8 * parts * width * 4
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(0, 2**20))
+def test_packed_codes_come_back(bits, count, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (5, count))
+    packed = pack(torch.from_numpy(codes), bits)
+    text = ["".join(f"{c:0{bits}b}"[::-1] for c in row) for row in codes]  # the lowest bit first
+    expected = [[int(t[k : k + 8][::-1], 2) for k in range(0, len(t), 8)] for t in text]
+    assert packed.tolist() == expected
+    assert unpack(packed, count, bits).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize("dim", [16, 5])
+@pytest.mark.parametrize("spec", ["int8", "int4", "int2", "prune:kept=3", "pq:bits=3", "pq:bits=4,width=3"])
+def test_what_is_stored_takes_the_bytes_that_are_counted_and_gives_the_same_rows(spec, dim):
+    bag = _made(spec, Table("t", 200, dim))
+    stored = bag.served()
+    held = {t.data_ptr(): t.nbytes for t in (*stored.parameters(), *stored.buffers())}
+    assert sum(held.values()) == bytes_kept(bag) == bytes_kept(stored)
+    ids = torch.randint(0, 200, (30, 4), dtype=torch.int32)
+    weights = torch.rand(30, 4)
+    torch.testing.assert_close(stored(ids, weights), bag(ids, weights), atol=1e-7, rtol=1e-5)
 
 
 def test_like_rows_are_merged():

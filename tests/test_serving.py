@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from dlrm_xla import registry, serving
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import export
+from dlrm_xla.plan import bytes_kept
 
 launcher = launch_script("run")
 QUICK = ["--synthetic-rows", "7000", "--min-count", "1"]
@@ -74,6 +75,7 @@ def _inputs(batch):
 
 CHOSEN = [
     *("exact", "tensorly_tt:rank=12", "hash_rows:rows=20+int8", "random_projection:dim=2"),
+    *("int2", "prune", "pq:bits=3"),
     "hot_cold+hash_rows:rows=9",
 ]
 
@@ -98,6 +100,19 @@ def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
     stablehlo = StableHLOGraphModule.load(str(tmp_path / "stablehlo"))
     found = torch.as_tensor(np.asarray(stablehlo(*_inputs(6)).cpu()))
     torch.testing.assert_close(found, expected[6], atol=1e-6, rtol=1e-5)
+
+
+def test_a_program_is_as_small_as_what_is_served(tmp_path):
+    about = _described("hash_rows:rows=100000+int4")
+    about["model"]["tables"] = [{"name": "a", "rows": 900_000, "dim": 16, "plugin": "hash_rows:rows=100000+int4"}]
+    about["model"]["bag_lengths"] = [1]
+    model = serving.build(about["model"])
+    kept = bytes_kept(model.bags)
+    assert kept == 100_000 * (16 // 2 + 2)
+    export(serving.Scorer(model, [1]), about, tmp_path, batch=6)
+    for path in (tmp_path / "model.pt2", tmp_path / "stablehlo"):
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        assert kept < sum(p.stat().st_size for p in files) < 1.2 * kept, path
 
 
 def test_a_checkpoint_is_exported_from_the_command_line(run, tmp_path, capsys):

@@ -11,6 +11,7 @@ from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, 
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.clusters import cluster
+from dlrm_xla_plugins.stored import StoredRows, pack, parts, unpack
 
 _SAMPLE = 2**17
 
@@ -38,7 +39,7 @@ def pq(table: Table, inner: MakeBag, *, bits: int = 4, width: int = 2) -> nn.Mod
 class ProductBag(ComposedBag, CodebookBag):
     """Weighted sum of rows put together from centroids; (ids_BL, weights_BL) -> out_BD."""
 
-    def __init__(self, bag: nn.Module, table: Table, bits: int, width: int) -> None:
+    def __init__(self, bag: RowTable, table: Table, bits: int, width: int) -> None:
         super().__init__()
         self.bag = bag
         self.table = table
@@ -57,6 +58,11 @@ class ProductBag(ComposedBag, CodebookBag):
         return (both_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
 
     def _nearest(self, rows_ND: Tensor) -> Tensor:
+        chosen_PNW = self.chosen(self.centroids, self.codes(rows_ND))
+        return chosen_PNW.transpose(0, 1).flatten(1)[:, : self.table.dim]
+
+    def codes(self, rows_ND: Tensor) -> Tensor:
+        """The nearest centroid of each part of rows, int32 [parts, N]."""
         padded = torch.nn.functional.pad(rows_ND, (0, self.parts * self.width - self.table.dim))
         rows_NPW = padded.view(-1, self.parts, self.width)
         fixed_PKW = self.centroids.detach()
@@ -64,8 +70,7 @@ class ProductBag(ComposedBag, CodebookBag):
         distance_PNK = fixed_PKW.square().sum(2).unsqueeze(1) - 2 * torch.bmm(
             rows_NPW.transpose(0, 1), fixed_PKW.transpose(1, 2)
         )
-        chosen_PNW = self.chosen(self.centroids, distance_PNK.argmin(2).to(torch.int32))
-        return chosen_PNW.transpose(0, 1).flatten(1)[:, : self.table.dim]
+        return distance_PNK.argmin(2).to(torch.int32)
 
     def set_table(self, rows: TrainedRows) -> None:
         """Centroids by k-means of each part, on a sample where there are many rows; rows as they are."""
@@ -82,5 +87,30 @@ class ProductBag(ComposedBag, CodebookBag):
         """Bytes of packed codes and of centroids."""
         return self.table.num_rows * -(-self.parts * self.bits // 8) + self.centroids.numel() * 4
 
+    def served(self) -> nn.Module:
+        """The rows as packed codes, and the centroids."""
+        assert self.bag.weight is not None, "rows that a stack has taken are not packed"
+        return CodedRows(self, self.bag.weight)
+
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.parts} codes of {self.bits} bits"
+
+
+class CodedRows(StoredRows):
+    """Rows as ``codes`` uint8 [R, ceil(parts bits / 8)] of ``centroids`` [parts, 2^bits, width]."""
+
+    codes: Tensor
+    centroids: Tensor
+
+    def __init__(self, bag: ProductBag, weight_RD: Tensor) -> None:
+        super().__init__()
+        self.dim, self.bits = bag.table.dim, bag.bits
+        self.register_buffer("codes", torch.cat([pack(bag.codes(part).t(), bag.bits) for part in parts(weight_RD)]))
+        self.register_buffer("centroids", bag.centroids.detach())
+
+    def read(self, ids_N: Tensor) -> Tensor:
+        num_parts, num_codes, width = self.centroids.shape
+        codes_NP = unpack(self.codes.index_select(0, ids_N), num_parts, self.bits)
+        first_P = torch.arange(num_parts, dtype=torch.int32, device=ids_N.device) * num_codes
+        rows_NPW = self.centroids.view(-1, width).index_select(0, (codes_NP + first_P).flatten())
+        return rows_NPW.view(ids_N.shape[0], -1)[:, : self.dim]

@@ -9,6 +9,7 @@ from dlrm_xla.compression import set_table
 from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
+from dlrm_xla_plugins.stored import StoredRows, pack, parts, unpack
 
 
 def int8(table: Table, inner: MakeBag) -> nn.Module:
@@ -53,7 +54,7 @@ def _quantized(table: Table, inner: MakeBag, bits: int) -> nn.Module:
 class QuantizedBag(ComposedBag):
     """Weighted sum of rows that are rounded to 2^bits levels; (ids_BL, weights_BL) -> out_BD."""
 
-    def __init__(self, bag: nn.Module, table: Table, bits: int) -> None:
+    def __init__(self, bag: RowTable, table: Table, bits: int) -> None:
         super().__init__()
         self.bag = bag
         self.table = table
@@ -81,8 +82,32 @@ class QuantizedBag(ComposedBag):
         """Bytes of packed codes and scales."""
         return self.table.num_rows * (-(-self.table.dim * self.bits // 8) + 2)
 
+    def served(self) -> nn.Module:
+        """The rows as packed codes and scales."""
+        assert self.bag.weight is not None, "rows that a stack has taken are not packed"
+        return QuantizedRows(self.bag.weight, self.bits)
+
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.bits} bits"
+
+
+class QuantizedRows(StoredRows):
+    """Rows as ``codes`` uint8 [R, ceil(D bits / 8)] and ``scales`` float16 [R, 1]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight_RD: Tensor, bits: int) -> None:
+        super().__init__()
+        self.dim = weight_RD.shape[1]
+        self.bits = bits
+        found = [quantize(part, bits) for part in parts(weight_RD)]
+        self.register_buffer("codes", torch.cat([pack(codes + 2 ** (bits - 1), bits) for codes, _ in found]))
+        self.register_buffer("scales", torch.cat([scales for _, scales in found]))
+
+    def read(self, ids_N: Tensor) -> Tensor:
+        codes_ND = unpack(self.codes.index_select(0, ids_N), self.dim, self.bits) - 2 ** (self.bits - 1)
+        return dequantize(codes_ND.float(), self.scales.index_select(0, ids_N))
 
 
 def search_scales(rows_ND: Tensor, bits: int, steps: int = 24) -> Tensor:
@@ -119,20 +144,3 @@ def quantize(rows_ND: Tensor, bits: int, scales_N1: Tensor | None = None) -> tup
 def dequantize(codes_ND: Tensor, scales_N1: Tensor) -> Tensor:
     """s (q + 1/2), float32 [N, D]."""
     return (codes_ND + 0.5) * scales_N1.float()
-
-
-def pack(codes_ND: Tensor, bits: int) -> Tensor:
-    """Codes side by side in bytes, the first in the lowest bits: uint8 [N, ceil(D bits / 8)]."""
-    per_byte = 8 // bits
-    shifted = (codes_ND + 2 ** (bits - 1)).to(torch.int32)
-    shifted = torch.nn.functional.pad(shifted, (0, -shifted.shape[1] % per_byte)).view(len(shifted), -1, per_byte)
-    bytes_NC: Tensor = (shifted << (torch.arange(per_byte, dtype=torch.int32) * bits)).sum(2)
-    return bytes_NC.to(torch.uint8)
-
-
-def unpack(packed: Tensor, dim: int, bits: int) -> Tensor:
-    """The codes that ``pack`` was given, float32 [N, dim]."""
-    places = torch.arange(8 // bits, dtype=torch.int32) * bits
-    codes = (packed.to(torch.int32).unsqueeze(2) >> places) & (2**bits - 1)
-    codes_ND: Tensor = codes.flatten(1)[:, :dim].float() - 2 ** (bits - 1)
-    return codes_ND

@@ -14,6 +14,7 @@ from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
 from dlrm_xla_plugins.clusters import cluster, nearest
+from dlrm_xla_plugins.stored import StoredRows, pack, parts, unpack
 
 # Rows that centres are found on; all rows then take the nearest one.
 _SAMPLE = 2**17
@@ -47,7 +48,7 @@ def prune(table: Table, inner: MakeBag, *, kept: int = 4) -> nn.Module:
 class PrunedBag(ComposedBag):
     """Weighted sum of rows with ``kept`` numbers each; (ids_BL, weights_BL) -> out_BD."""
 
-    def __init__(self, bag: nn.Module, table: Table, kept: int) -> None:
+    def __init__(self, bag: RowTable, table: Table, kept: int) -> None:
         super().__init__()
         self.bag = bag
         self.table = table
@@ -61,12 +62,7 @@ class PrunedBag(ComposedBag):
         return (kept_ND * weights_N1).view(*ids_BL.shape, -1).sum(1)
 
     def _pruned(self, rows_ND: Tensor) -> Tensor:
-        size_ND = rows_ND.abs()
-        least_N1 = size_ND.topk(self.kept, 1).values[:, -1:]
-        # Of numbers of one size the first are kept, as many as are left to keep.
-        larger_ND, equal_ND = size_ND > least_N1, size_ND == least_N1
-        left_N1 = self.kept - larger_ND.sum(1, keepdim=True)
-        return torch.where(larger_ND | (equal_ND & (equal_ND.cumsum(1) <= left_N1)), rows_ND, 0)
+        return torch.where(are_kept(rows_ND, self.kept), rows_ND, 0)
 
     def set_table(self, rows: TrainedRows) -> None:
         """Each row's largest numbers: of all that keep as many, the nearest."""
@@ -76,8 +72,45 @@ class PrunedBag(ComposedBag):
         """Bytes of the numbers kept and of a bit for each place of a row."""
         return self.table.num_rows * (4 * self.kept + -(-self.table.dim // 8))
 
+    def served(self) -> nn.Module:
+        """The numbers kept and a bit for each place."""
+        assert self.bag.weight is not None, "rows that a stack has taken are not packed"
+        return PrunedRows(self.bag.weight, self.kept)
+
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.kept} of {self.table.dim} numbers"
+
+
+def are_kept(rows_ND: Tensor, kept: int) -> Tensor:
+    """Which numbers of each row are among the ``kept`` largest in magnitude, the first of equal ones; bool [N, D]."""
+    size_ND = rows_ND.abs()
+    least_N1 = size_ND.topk(kept, 1).values[:, -1:]
+    larger_ND, equal_ND = size_ND > least_N1, size_ND == least_N1
+    left_N1 = kept - larger_ND.sum(1, keepdim=True)
+    return larger_ND | (equal_ND & (equal_ND.cumsum(1) <= left_N1))
+
+
+class PrunedRows(StoredRows):
+    """Rows as ``numbers`` float32 [R, kept] in the order of their columns and ``places``, a bit a column, uint8."""
+
+    numbers: Tensor
+    places: Tensor
+
+    def __init__(self, weight_RD: Tensor, kept: int) -> None:
+        super().__init__()
+        self.dim = weight_RD.shape[1]
+        numbers, places = [], []
+        for part in parts(weight_RD):
+            kept_ND = are_kept(part, kept)
+            numbers.append(part[kept_ND].view(-1, kept))
+            places.append(pack(kept_ND, 1))
+        self.register_buffer("numbers", torch.cat(numbers))
+        self.register_buffer("places", torch.cat(places))
+
+    def read(self, ids_N: Tensor) -> Tensor:
+        kept_ND = unpack(self.places.index_select(0, ids_N), self.dim, 1)
+        column_ND = (kept_ND.cumsum(1) - 1).clamp(min=0)
+        return self.numbers.index_select(0, ids_N).gather(1, column_ND) * kept_ND
 
 
 @sized("rows", lambda table: range(2, min(table.num_rows, 2**15)))
