@@ -18,12 +18,12 @@ def set_table(bag: nn.Module, rows: TrainedRows) -> None:
     check_takes_tables(bag).set_table(rows)
 
 
-def check_takes_tables(bag: nn.Module) -> FromTable:
-    """The bag, where it can take over trained rows; else a UserError."""
+def check_takes_tables(bag: nn.Module, plugin: str = "") -> FromTable:
+    """The bag, where it can take over trained rows; else a UserError that names the plugin, or else the bag."""
     if isinstance(bag, FromTable):
         return bag
     raise UserError(
-        f"{type(bag).__name__} cannot be made from a trained table: its plugin has no set_table. "
+        f"{plugin or type(bag).__name__} cannot be made from a trained table: its bag has no set_table. "
         "launch/run.py --list-plugins says which ones have."
     )
 

@@ -6,6 +6,7 @@ Flags win over the configuration file, the file over the preset, the preset over
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Config:
 
     device: Literal["cpu", "cuda", "xla", "tpu"] = _setting("cpu", "where the run takes place")
     plugin: str = _setting("exact", "what replaces the tables: exact, NAME, NAME:key=value,key=value or NAME+NAME")
-    data: str = _setting("", "raw Criteo log (.tsv, .txt, .gz) or prepared folder; none: synthetic rows")
+    data: str = _setting("", "raw Criteo or Avazu log (plain or .gz) or prepared folder; none: synthetic rows")
     data_cache: str = _setting("", "folder for the prepared copy of a raw log; none: beside the log")
     out: str = _setting("", "run folder to create; none: a fresh one under runs/")
     preset: str = _setting("small", "settings to start from: " + ", ".join(sorted(PRESETS)))
@@ -118,7 +119,9 @@ class Config:
     decay_power: float = _setting(2.0, "power of the polynomial decay", flag=False)
     synthetic_tables: list[int] = _setting([], "rows of each synthetic table", flag=False)
     synthetic_bags: list[int] = _setting([], "ids per bag of each synthetic table; none: one each", flag=False)
-    synthetic_variable: bool = _setting(False, "these are the most, and synthetic bags vary in length", flag=False)
+    synthetic_variable: bool = _setting(
+        False, "synthetic bags vary in length, and synthetic_bags are the most of each", flag=False
+    )
 
 
 _POSITIVE = (
@@ -187,6 +190,9 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
     for name, placement in config.placement.items():
         if placement not in PLACEMENTS:
             raise UserError(f"placement of table {name} cannot be {placement!r}; {choices(placement, PLACEMENTS)}")
+    for name, sharding in config.sharding.items():
+        if sharding not in SHARDINGS:
+            raise UserError(f"sharding of table {name} cannot be {sharding!r}; {choices(sharding, SHARDINGS)}")
     if config.synthetic_bags and len(config.synthetic_bags) != len(config.synthetic_tables):
         raise UserError(
             f"synthetic_bags has {len(config.synthetic_bags)} numbers for {len(config.synthetic_tables)} tables"
@@ -224,13 +230,15 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     if typing.get_origin(kind) is Literal:
         good = value in typing.get_args(kind)
     elif kind is float:
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):
+            value = float(value)  # which YAML takes for text, without a point or a sign
         good = isinstance(value, int | float) and not isinstance(value, bool)
     elif kind is int:
         good = isinstance(value, int) and not isinstance(value, bool)
     elif kind == list[int]:
         good = isinstance(value, list) and all(isinstance(v, int) and v > 0 for v in value)
     elif kind == dict[str, str]:
-        good = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        good = isinstance(value, dict) and all(isinstance(text, str) for item in value.items() for text in item)
     else:
         good = isinstance(value, kind)
     if not good:

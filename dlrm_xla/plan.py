@@ -23,6 +23,8 @@ from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sizing import Budget, fit, smallest_layers
 from dlrm_xla.tpu import row_bytes, storage_bytes
 
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
+
 
 @dataclass(frozen=True)
 class TablePlan:
@@ -256,7 +258,7 @@ def held_bytes(shape: Sequence[int], dtype: torch.dtype, access: RowAccess) -> i
 
 def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = None, memory: float = 0) -> str:
     """The plan as a table for people, with totals, and whether they fit ``memory`` bytes."""
-    head = f"{'table':<10}{'rows':>12}{'dim':>5}{'bytes':>16}{'exact bytes':>16}{'ratio':>8}"
+    head = f"{'table':<10}{'rows':>12}{'dim':>5}{'bytes':>16}{'exact bytes':>16}{'ratio':>9}"
     if training:
         head += f"{'padded':>17}{'optimizer':>17}{'gradient':>15}  {'placement':<10}"
     lines = [head + "  plugin"]
@@ -275,7 +277,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
     for p, t in zip([*plans, total], [*shown, sums], strict=True):
         note = f"  ({p.note})" if p.note else ""
         line = f"{p.name:<10}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
-        line += f"{p.exact_bytes / p.bytes:>7.1f}x"
+        line += f" {p.exact_bytes / p.bytes:>7,.1f}x"
         if t:
             line += f"{t.padded:>17,}{t.optimizer:>17,}{t.gradient:>15,}  {t.placement:<10}"
         lines.append(f"{line}  {p.plugin}{note}")
@@ -283,8 +285,8 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
         need = sums.total
         verdict = "fits" if need <= memory else "DOES NOT FIT"
         lines.append(
-            f"tables, optimizer and gradients take {need / 1e9:,.2f} GB: {verdict} in {memory / 1e9:,.2f} GB "
-            + (f"beside {sums.in_files / 1e9:,.2f} GB in files " if sums.in_files else "")
+            f"tables, optimizer and gradients take {in_words(need)}: {verdict} in {in_words(memory)} "
+            + (f"beside {in_words(sums.in_files)} in files " if sums.in_files else "")
             + "(MLPs and activations not counted)"
         )
     return "\n".join(lines)
@@ -292,10 +294,16 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
 
 def read_bytes(given: str) -> float:
     """Bytes from what a person writes: 16GB, 96 MB, 16e9."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kMGT]?)B?\s*", given)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kKMGT]?)B?\s*", given)
     if found is None:
         raise UserError(f"--memory cannot be {given!r}; write it like 16GB, 500MB or 16e9")
-    return float(found[1]) * float(1000 ** " kMGT".index(found[2] or " "))
+    return float(found[1]) * float(1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+def in_words(bytes_: float) -> str:
+    """Bytes in the unit that suits them: 16.00 GB, 856.00 kB."""
+    unit = next((u for u in ("GB", "MB", "kB") if bytes_ >= _UNITS[u]), "B")
+    return f"{bytes_ / _UNITS[unit]:,.2f} {unit}"
 
 
 def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:
@@ -303,7 +311,7 @@ def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:
     need = sum(t.total for t in training)
     if need > memory:
         raise UserError(
-            f"training the tables needs {need / 1e9:.1f} GB, but there are {memory / 1e9:.1f} GB. Take a --plugin that "
+            f"training the tables needs {in_words(need)}, but there are {in_words(memory)}. Take a --plugin that "
             "keeps less (--plan shows what each table takes), a larger --min-count or a smaller --dim; on the cpu, "
             "row_files in a --config file keeps large tables on disk."
         )

@@ -21,7 +21,6 @@ def write_predictions(path: Path, labels: NDArray[np.float32], logits: NDArray[n
     schema = pyarrow.schema([*types.items(), ("probability", pyarrow.float32())])
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with parquet.ParquetWriter(unfinished, schema) as writer:
             for first in range(0, len(logits), _ROWS_AT_A_TIME):
                 part = logits[first : first + _ROWS_AT_A_TIME]

@@ -85,6 +85,21 @@ def build_mapped(described: Mapping[str, Any], file: TensorFile, device: Device)
     return model
 
 
+def check_tables(described: Mapping[str, Any], rows: Sequence[int]) -> None:
+    """Raises a UserError where data has other tables than the model that was described."""
+    trained = [t["rows"] for t in described["tables"]]
+    if list(rows) == trained:
+        return
+    advice = "Give --data the rows that it was trained on, and its --min-count."
+    if len(rows) != len(trained):
+        raise UserError(f"the model has {len(trained)} tables, the data {len(rows)}. {advice}")
+    names = [t["name"] for t in described["tables"]]
+    differ = [f"{n} {a:,} and {b:,}" for n, a, b in zip(names, trained, rows, strict=True) if a != b]
+    raise UserError(
+        f"the model's tables are not those of the data; rows there and here: {', '.join(differ[:5])}. {advice}"
+    )
+
+
 class Scorer(nn.Module):
     """Click probabilities [B] from dense_BI float32 and ids_BS int32, the slots of all features side by side.
 

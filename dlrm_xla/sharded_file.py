@@ -103,6 +103,8 @@ class ShardFolder(TensorFile):
 @contextmanager
 def opened_shards(path: Path) -> Iterator[ShardFolder]:
     """Opens a folder after comparing the checksum of every file; a UserError where one byte is not as written."""
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run folder: give its {path / 'checkpoints' / 'best.safetensors'}")
     try:
         about = json.loads((path / ABOUT).read_text())
         digests = about.pop("sha256")

@@ -86,17 +86,18 @@ def fit(
 def _refusal(layers: Sequence[Layer], budget: Budget, least: int) -> str:
     spec = "+".join(map(str, layers))
     text = f"{budget.asked}: {spec} takes at least {least:,} bytes for these tables"
+    unsized = f". {spec} has no size left to choose but by its options" if sized_layer(layers) is None else ""
     if budget.spent:
         text += f" beside {budget.spent:,} of those with a plugin of their own"
         least += budget.spent
     if not budget.whole:
-        return f"{text}; --memory {math.ceil(least / 1000)}kB is the least that it can keep to"
+        return f"{text}; --memory {math.ceil(least / 1000)}kB is the least that it can keep to{unsized}"
     reachable = math.floor(10 * budget.whole / least) / 10
     if reachable < 1:
         return f"{text}, more than exact tables; leave --ratio out, or give those tables less"
     return (
         f"{text}, so a ratio from 1 to {reachable:,.1f} is within its reach. Take --ratio {reachable:.1f}, or a "
-        "plugin that keeps less per row"
+        "plugin that keeps less per row" + unsized
     )
 
 

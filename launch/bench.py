@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Times lookups, updates and whole train steps against other implementations, in one run on one machine.
 
 python launch/bench.py                                            CPU: one table, and the kaggle step capped at 1M rows
@@ -31,16 +32,18 @@ from typing import Any
 
 import bench_arms as arms
 import bench_parts
+import numpy as np
 import torch
 from bench_arms import Case, Repetition
 from tqdm import tqdm
 
 from dlrm_xla import fbgemm_rows
 from dlrm_xla.config import PLACEMENTS
+from dlrm_xla.contract import MAX_ROWS
 from dlrm_xla.devices import Device, open_device, open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.presets import KAGGLE_ROWS
-from dlrm_xla.registry import EXACT, installed
+from dlrm_xla.registry import EXACT, installed, parse
 from dlrm_xla.row_rules import RULES
 from dlrm_xla.run_folder import versions
 
@@ -55,30 +58,33 @@ THRESHOLDS = ((0, 0), (32, 32), (1000, 1000), (0, 32), (0, 1000), (0, 20_000), (
 SCALES = {"1M": (1_000_000 // 26,) * 26, "100M": (100_000_000 // 26,) * 26}
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The examples as they are written, and each flag's default."""
+
+
 def flags() -> argparse.ArgumentParser:
     """Every flag takes several values; the benchmark is their product."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help, allow_abbrev=False)
     several: dict[str, Any] = {"nargs": "+"}
     whats = ["lookup", "update", "step", "scale", "placement", "tt", *WITH_PLUGINS]
-    parser.add_argument("--what", choices=whats, default=["update", "step"], **several)
-    parser.add_argument("--device", choices=["cpu", "cuda", "xla"], default=["cpu"], **several)
+    parser.add_argument("--what", choices=whats, default=["update", "step"], help="what is timed", **several)
+    parser.add_argument("--device", choices=["cpu", "cuda", "xla"], default=["cpu"], help="where", **several)
     parser.add_argument(
         "--rows", type=int, default=[1_000_000], help="rows of a table; of a step's tables at most", **several
     )
-    parser.add_argument("--dim", type=int, default=[16], **several)
-    parser.add_argument("--batch", type=int, default=[2048], **several)
+    parser.add_argument("--dim", type=int, default=[16], help="width of a row", **several)
+    parser.add_argument("--batch", type=int, default=[2048], help="samples", **several)
     parser.add_argument(
         "--bag", type=int, default=[1], help="ids per bag; a lookup of one table is batch x bag ids", **several
     )
     parser.add_argument(
         "--zipf", type=float, default=[1.05], help="exponent of the ids' distribution, 0: uniform", **several
     )
-    parser.add_argument("--placement", choices=["sparse", "dense", "matmul"], default=["sparse"], **several)
-    parser.add_argument("--optimizer", choices=list(RULES), default=["sgd"], **several)
+    placements = ["sparse", "dense", "matmul"]
+    parser.add_argument("--placement", choices=placements, default=["sparse"], help="of single tables", **several)
+    parser.add_argument("--optimizer", choices=list(RULES), default=["sgd"], help="of rows", **several)
     parser.add_argument("--rank", type=int, default=16, help="rank of the tensor trains")
-    parser.add_argument("--plugin", help="of the steps with plugins; all that are installed", **several)
+    parser.add_argument("--plugin", help="of the steps with plugins; none: all that are installed", **several)
     parser.add_argument("--ratio", type=float, default=0, help="of the steps with plugins; 0: their default sizes")
     parser.add_argument(
         "--others", default=["all"], help="names of other people's to compare with, all, or none", **several
@@ -92,6 +98,26 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write; a plot is written beside it")
     return parser
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raises a UserError for what cannot be measured, before anything is."""
+    for name in ("rows", "dim", "batch", "bag", "rank", "repeat"):
+        values = np.atleast_1d(getattr(given, name))
+        if min(values) < 1:
+            raise UserError(f"--{name} is {min(values)}, but must be at least 1")
+    if min(given.zipf) < 0 or not 0 <= given.ratio < float("inf"):
+        raise UserError("--zipf and --ratio must not be negative")
+    if max(given.rows) > MAX_ROWS:
+        raise UserError(f"--rows is {max(given.rows):,}, but a table has at most {MAX_ROWS:,}")
+    for spec in given.plugin or ():
+        parse(spec)
+    if given.plugin and not set(given.what) & set(WITH_PLUGINS):
+        raise UserError(f"--plugin is of --what {' and '.join(WITH_PLUGINS)}; leave it out")
+    if given.out and not given.out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {given.out.parent}")
+    if given.clock == "device" and set(given.device) != {"cuda"}:
+        raise UserError("--clock device: only --device cuda has a clock of its own; leave it out")
 
 
 def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[Case, str]]:
@@ -299,10 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit code."""
     given = flags().parse_args(arguments)
     try:
-        if given.out and not given.out.parent.is_dir():
-            raise UserError(f"--out: there is no folder {given.out.parent}")
-        if given.clock == "device" and set(given.device) != {"cuda"}:
-            raise UserError("--clock device: only --device cuda has a clock of its own; leave it out")
+        check(given)
         if "xla" in given.device:
             open_xla_first()
         devices = {name: open_device(name) for name in dict.fromkeys(given.device)}

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Makes one table and one plot of many runs: test AUC and log loss against bytes, by plugin, over seeds.
 
 python launch/compare.py runs/*                                     prints the table

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Compiles the steps that launch/run.py would run for a TPU that is not there, and says what they cost on it.
 
 python launch/compile_tpu.py --chip v5e --plugin tensorly_tt --preset kaggle

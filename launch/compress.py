@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Replaces a trained run's tables by approximations computed from them, and says what that costs in accuracy.
 
 python launch/compress.py RUN/checkpoints/best.safetensors --plugin svd --ratio 10
@@ -69,8 +70,10 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint with exact tables, or a file of the script's")
     parser.add_argument("--fine-tune", type=int, default=0, metavar="EPOCHS", help="train on, at most so long")
-    parser.add_argument("--weigh", choices=["lookups", "alike"], default="lookups", help="how rows count")
-    launcher.add_settings(parser, SETTINGS)
+    parser.add_argument(
+        "--weigh", choices=["lookups", "alike"], default="lookups", help="how rows count (default lookups)"
+    )
+    launcher.add_settings(parser, SETTINGS, "the checkpoint's")
     return parser
 
 
@@ -118,7 +121,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
             "a lower --min-rows."
         )
     for make, table in zip(plan.make_bags, plan.tables, strict=True):
-        check_takes_tables(launcher.planning.on_meta(make, table))
+        check_takes_tables(launcher.planning.on_meta(make, table), config.plugin)
     launcher.check_memory(plan)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     watch = GraphWatch(device, launcher.warn)
@@ -219,14 +222,7 @@ def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int
 
 def _check_data(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:
     known = about.get("data")
-    found = [(t.name, t.num_rows) for t in launcher.make_tables(config, dataset)]
-    trained = [(t["name"], t["rows"]) for t in about["model"]["tables"]]
-    if [rows for _, rows in found] != [rows for _, rows in trained]:
-        differ = [f"{a[0]} {a[1]:,} and {b[1]:,}" for a, b in zip(trained, found, strict=False) if a[1] != b[1]]
-        raise UserError(
-            f"the checkpoint's {len(trained)} tables are not those of the data, which has {len(found)}; rows there and "
-            f"here: {', '.join(differ[:5])}. Give --data the rows that it was trained on, and its --min-count."
-        )
+    serving.check_tables(about["model"], [t.num_rows for t in launcher.make_tables(config, dataset)])
     if known is None:
         launcher.warn(
             "the checkpoint does not know its training rows: whether these ids mean the same cannot be checked"

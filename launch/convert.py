@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Converts trained weights from and to the facebookresearch/dlrm script.
 
 python launch/convert.py --from-reference dlrm.pt --out model.safetensors     then launch/run.py --evaluate or --export

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Looks at this machine and says what is wrong for training here, and how to mend it.
 
 python launch/doctor.py [--device xla]        exit code 0: nothing is wrong; 1: something is, with the fix beside it
@@ -110,7 +111,8 @@ def _xla(device: Device, wanted: bool) -> Iterator[Finding]:
     if here:
         yield Finding(
             f"xla is NOT a TPU, though {here[0]} is there",
-            "set PJRT_DEVICE=TPU, install libtpu, and let no other process hold the chip",
+            "set PJRT_DEVICE=TPU, pip install -e '.[tpu]' (its libtpu is another than that of tpu-compiler), and let "
+            "no other process hold the chip",
         )
     else:
         yield Finding("xla is NOT a TPU but XLA's CPU backend: times say nothing about a TPU")

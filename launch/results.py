@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Makes docs/results.md, docs/paper.md and the README's table of results from docs/results.csv.
 
 python launch/results.py                                              writes them (make results)

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Trains a DLRM and writes a run folder.
 
 python launch/run.py                                       synthetic rows, exact tables, CPU: seconds on a laptop
@@ -65,9 +66,10 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """A flag for each of the named settings."""
+def add_settings(parser: argparse.ArgumentParser, names: Collection[str], default: str = "") -> None:
+    """A flag for each of the named settings; their defaults are ``default``, or what a run without flags has."""
     hints = typing.get_type_hints(Config)
+    usual = resolve({}, None)[0]
     for field in dataclasses.fields(Config):
         if field.name not in names:
             continue
@@ -81,8 +83,19 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
             action=_Once if field.name == "plugin" else "store",
             metavar=None if literal else kind.__name__.upper(),
             help=field.metadata["help"].replace("%", "%%")
-            + (f" (default {field.default})" if field.default not in ("", dataclasses.MISSING) else ""),
+            + (f" (default {default or getattr(usual, field.name)})" if getattr(usual, field.name) != "" else ""),
         )
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if value != "" else "none"
+    return text if len(text) < 30 else f"{text[:25]}...]"
+
+
+def _without_flag() -> str:
+    usual = resolve({}, None)[0]
+    fields = [f for f in dataclasses.fields(Config) if not f.metadata["flag"]]
+    return "\n".join(f"  {f.name:<18} {f.metadata['help']} (default {_short(getattr(usual, f.name))})" for f in fields)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -90,7 +103,7 @@ def flags() -> argparse.ArgumentParser:
     presets = "\n".join(f"  {name:<10} {preset.about}" for name, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"presets:\n{presets}",
+        epilog=f"presets:\n{presets}\n\nsettings of a --config file that have no flag:\n{_without_flag()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -204,6 +217,10 @@ def check_memory(plan: Plan) -> None:
 
 def list_plugins() -> None:
     """Prints the installed plugins."""
+    print(
+        f"What each is at most is of one table of {listing.PROBE.num_rows:,} x {listing.PROBE.dim}. The ratio of a run "
+        "also counts small tables and ids that --min-count drops.\n"
+    )
     print("exact  (dlrm_xla)\n    Every row as it is; the default, and what every other plugin is built around.")
     for row in listing.describe():
         print(f"{row['name']}  ({row['package']})\n    {row['summary']}")

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Runs a study: a grid of runs from one YAML file, to one table and one page.
 
 python launch/study.py studies/quick.yaml --dry-run       the grid, what is impossible and why, and what it will take

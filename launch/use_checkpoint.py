@@ -41,7 +41,12 @@ def evaluate(
     """
     about = _about(path)
     _check_flags(given, _FOR_SCORES, "--evaluate")
-    out = Path(given.pop("out", "") or path.parent.parent / f"predictions-{path.stem}-{split}.parquet")
+    named = given.pop("out", "")
+    out = Path(named or path.parent.parent / f"predictions-{path.stem}-{split}.parquet")
+    if named and out.exists():
+        raise UserError(f"--out {out} is there already. Choose a new name.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
     saved = {k: v for k, v in about["config"].items() if k not in ("out", "row_files")}
     config, _ = resolve({**saved, **given}, None)
     device = open_device(config.device)
@@ -61,6 +66,7 @@ def evaluate(
         )
     elif line := seen_by_sketch(dataset, split, known):
         warn(line)
+    serving.check_tables(about["model"], [dataset.num_rows(f, config.min_count) for f in range(len(dataset.names))])
     model = serving.build(about["model"], DTYPES[config.row_precision])
     steps = Steps(model, about["model"]["bag_lengths"], device, config)
     checkpoint.load_model(path, steps.model, steps.rows)

@@ -62,7 +62,14 @@ def test_a_plugins_own_parameters_count_with_their_optimizer():
 
 
 def test_memory_is_read_as_people_write_it():
-    assert [plan.read_bytes(s) for s in ("16GB", "1.5 MB", "16e9", "700", "2T")] == [16e9, 1.5e6, 16e9, 700, 2e12]
+    assert [plan.read_bytes(s) for s in ("16GB", "1.5 MB", "16e9", "700", "2T", "1KB")] == [
+        16e9,
+        1.5e6,
+        16e9,
+        700,
+        2e12,
+        1e3,
+    ]
     with pytest.raises(UserError, match="'lots'; write it like 16GB"):
         plan.read_bytes("lots")
 
@@ -111,7 +118,7 @@ def test_files_take_no_memory_but_the_rest_does(tmp_path):
     assert large.total == large.gradient
     assert kept.in_files == 0
     plans, _ = plan.plan([table, small], "exact", {}, 0, make)
-    assert "beside 0.14 GB in files" in plan.text(plans, [large, kept], 1e9)
+    assert "beside 136.00 MB in files" in plan.text(plans, [large, kept], 1e9)
     with pytest.raises(UserError, match="training the tables needs"):
         plan.check_memory([large, kept], 1e6)
     assert not (tmp_path / "files").exists()

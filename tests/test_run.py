@@ -302,10 +302,14 @@ def test_unknown_settings_and_wrong_types_are_told(tmp_path):
         ("decay_power: -1", "decay_power is -1.0 .*must be above 0"),
         ("decay_power: .nan", "decay_power is nan"),
         ("cross_rank: 0", "cross_rank is 0 .*must be at least 1"),
+        ("tables: {3: tensorly_tt}", "tables cannot be"),
+        ("sharding: {C3: rowwise}", "sharding of table C3 cannot be 'rowwise'; did you mean 'row_wise'"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=match):
             resolve({}, file)
+    file.write_text("row_lr: 1e-3")  # text, to YAML
+    assert resolve({}, file)[0].row_lr == 0.001
 
 
 def test_flags_win_over_the_file_over_the_preset(tmp_path):

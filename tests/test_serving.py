@@ -1,6 +1,7 @@
 """What a checkpoint is good for after training: predictions, programs, and weights of the reference's script."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet
@@ -15,6 +16,8 @@ from dlrm_xla.export import export
 from dlrm_xla.plan import bytes_kept
 
 launcher = launch_script("run")
+# torch's and torch_xla's own warning, while they load what they wrote
+LOADS = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 QUICK = ["--synthetic-rows", "7000", "--min-count", "1"]
 
 
@@ -35,6 +38,9 @@ def test_predictions_of_a_checkpoint_are_those_that_were_reported(run, tmp_path,
     assert roc_auc_score(columns["label"], columns["probability"]) == pytest.approx(report["auc"], abs=1e-9)
     logits = np.array(columns["logit"])
     np.testing.assert_allclose(columns["probability"], 1 / (1 + np.exp(-logits)), rtol=1e-6)
+    assert launcher.main(["--evaluate", str(best), "--split", "train", "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    out.unlink()
     assert launcher.main(["--evaluate", str(best), "--split", "train", "--out", str(out)]) == 0
     assert "100% of the train rows occur in the training rows too" in capsys.readouterr().err
     columns = pyarrow.parquet.read_table(out).to_pydict()
@@ -81,8 +87,7 @@ CHOSEN = [
 
 
 @needs_xla
-# torch_xla's own, while it loads what it wrote
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@LOADS
 @pytest.mark.parametrize(
     "spec", [*CHOSEN, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*registry.installed()}))]
 )
@@ -115,6 +120,7 @@ def test_a_program_is_as_small_as_what_is_served(tmp_path):
         assert kept < sum(p.stat().st_size for p in files) < 1.2 * kept, path
 
 
+@LOADS
 def test_a_checkpoint_is_exported_from_the_command_line(run, tmp_path, capsys):
     best = run / "checkpoints" / "best.safetensors"
     assert launcher.main(["--export", str(best), "--out", str(tmp_path / "e")]) == 0
@@ -147,6 +153,24 @@ def test_one_command_at_a_time(capsys):
     with pytest.raises(SystemExit, match="2"):
         launcher.main(["--evaluate", "a", "--export", "a"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_no_checkpoint_but_has_one(run, tmp_path, capsys):
+    for flags in (["--evaluate", str(run)], ["--export", str(run)]):
+        assert launcher.main(flags) == 2
+        assert f"give its {run / 'checkpoints' / 'best.safetensors'}" in capsys.readouterr().err
+    best = str(run / "checkpoints" / "best.safetensors")
+    assert launcher.main(["--evaluate", best, "--out", str(tmp_path / "none" / "p.parquet")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_data_of_other_tables_is_refused(run, tmp_path, capsys):
+    best = str(run / "checkpoints" / "best.safetensors")
+    assert launcher.main(["--evaluate", best, "--min-count", "9", "--out", str(tmp_path / "p")]) == 2
+    assert re.search("rows there and here: C1 .* Give --data the rows", capsys.readouterr().err)
+    with pytest.raises(UserError, match="the model has 3 tables, the data 26"):
+        serving.check_tables(_described("exact")["model"], [5] * 26)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):

@@ -162,7 +162,7 @@ def test_a_run_keeps_to_its_ratio_and_a_plan_to_its_memory(tmp_path, capsys):
     assert report["ratio_asked"] == 20
     assert f"1/{report['compression_ratio']:,.1f} of exact tables over all ids seen" in capsys.readouterr().out
     assert launcher.main([*quick, "--memory", "30MB", "--plan"]) == 0
-    assert "fits in 0.03 GB" in capsys.readouterr().out
+    assert "fits in 30.00 MB" in capsys.readouterr().out
 
 
 def test_ratios_without_meaning_are_refused(capsys):

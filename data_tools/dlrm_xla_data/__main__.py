@@ -21,6 +21,13 @@ from dlrm_xla_data.verify import verify
 from dlrm_xla_data.vocabulary import Limits
 
 
+def _count(text: str) -> int:
+    return int(float(text))
+
+
+_count.__name__ = "number"  # which argparse names where a text is none
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     """3,2,1 -> (3, 2, 1); 10x4 -> (10, 10, 10, 10)."""
     numbers: list[int] = []
@@ -69,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     drawn = commands.add_parser("synthesize", help="a dataset with a planted signal", formatter_class=new)
     drawn.add_argument("dest", type=Path)
-    drawn.add_argument("--rows", type=lambda t: int(float(t)), default=1_000_000)
+    drawn.add_argument("--rows", type=_count, default=1_000_000, metavar="N", help="such as 20000 or 1e6 (default 1e6)")
     drawn.add_argument("--tables", type=_numbers, default="10000x26", help="rows of each table: 1e6,1000x25")
     drawn.add_argument("--bags", type=_bags, default=(), help="ids per bag, one number for each table, or mlperf_v2")
     drawn.add_argument("--zipf", type=float, nargs="+", default=[1.05], help="exponent of all tables, or of each")

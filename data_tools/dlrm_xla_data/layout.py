@@ -104,7 +104,7 @@ def _criteo_hint(fields: list[bytes]) -> str | None:
     if len(fields) == 1 and fields[0].count(b",") > 1:
         return (
             "1 tab-separated columns, expected 40. Commas separate its columns, so this is not Criteo's format "
-            "(Avazu's logs look like this: --format avazu)"
+            "(python -m dlrm_xla_data prepare LOG NEW --format avazu, or a FILE.yaml that says what the columns are)"
         )
     return None
 

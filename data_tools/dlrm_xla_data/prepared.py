@@ -135,9 +135,14 @@ def save_dataset(folder: Path, dataset: PreparedDataset) -> None:
 def read_meta(folder: Path) -> dict[str, Any]:
     """The metadata of a prepared dataset; a UserError where the folder is not one of this version."""
     path = folder / "meta.json"
-    remedy = "Delete the folder and give the raw log to --data again."
+    remedy = "Prepare the raw log again, into another folder."
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     if not path.is_file():
-        raise UserError(f"{folder} holds no meta.json: it is not a prepared dataset, or only half of one. {remedy}")
+        raise UserError(
+            f"{folder} holds no meta.json, so it is no prepared dataset. Raw logs of several files are prepared first: "
+            f"python -m dlrm_xla_data prepare {folder} NEW --format criteo-terabyte, or what format they have"
+        )
     try:
         meta = json.loads(path.read_text())
         found = meta.get("format")

@@ -10,6 +10,8 @@ from dlrm_xla_studies.statistics import EXACT, Interval, compare
 
 # Seeds below which no interval is worth a word.
 LEAST_SEEDS = 2
+# Methods of which one is chosen; the best of two says nothing of the others.
+LEAST_METHODS = 3
 SIZES = (10, 100, 1000)
 # A method counts for a size that it all but reaches: the largest bag below a cap rarely meets it to the byte.
 _NEARLY = 0.98
@@ -19,11 +21,13 @@ def choices(runs: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
     """For each dataset, device and size: the choice, its change against exact tables, and its equals.
 
     Equals are methods whose paired difference to the choice has zero within its confidence interval. Methods of a
-    single seed are in no ranking.
+    single seed are in no ranking, and a device on which too few methods ran has none.
     """
     rows = []
     for (data, device), here in found.groupby(["data", "device"], sort=False):
         able = here[(here["plugin"] != EXACT) & (here["seeds"] >= LEAST_SEEDS)]
+        if able["plugin"].nunique() < LEAST_METHODS:
+            continue
         for size in SIZES:
             group = able[able["compression_ratio"] >= _NEARLY * size]
             # A method that shrinks more than asked is compared at every size that it reaches.
