@@ -223,16 +223,22 @@ class LowerBound:
 
 
 def lower_bound(
-    chip: Chip, touched: Iterable[Touched], *, other_bytes: int = 0, flops: float = 0, training: bool = True
+    chip: Chip,
+    touched: Iterable[Touched],
+    *,
+    read_bytes: int = 0,
+    written_bytes: int = 0,
+    flops: float = 0,
+    training: bool = True,
 ) -> LowerBound:
     """The least time of a step: max(bytes / HBM bandwidth, flops / peak).
 
-    ``other_bytes`` are those of the batch and of dense parameters: each read once, and in training written once.
-    ``flops`` are those of products of matrices, 2 per multiplication and addition, at the bf16 peak, which is what a
-    TPU gives float32 factors at default precision. Nothing else costs time: not the sorting of ids, the interaction's
-    layout, or vector work.
+    Besides the rows touched ``read_bytes`` are read once, those of the batch and of dense parameters and their state,
+    and ``written_bytes`` of them written once. ``flops`` are those of products of matrices, 2 per multiplication and
+    addition, at the bf16 peak, which is what a TPU gives float32 factors at default precision. Nothing else costs time:
+    not the sorting of ids, the interaction's layout, or vector work.
     """
-    moved = sum(t.step_bytes if training else t.forward_bytes for t in touched) + other_bytes
+    moved = sum(t.step_bytes if training else t.forward_bytes for t in touched) + read_bytes + written_bytes
     return LowerBound(moved, flops, moved / chip.hbm_bytes_per_second, flops / chip.bf16_flops)
 
 

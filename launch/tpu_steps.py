@@ -34,7 +34,10 @@ DEAREST = 10
 
 @dataclass(frozen=True)
 class Traced:
-    """One step of a model: its program, rows touched and large arrays on one chip, and what each argument is."""
+    """One step of a model: its program, rows touched and large arrays on one chip, and what each argument is.
+
+    ``sparse`` are the titles of the stacks of sparse placement, which arguments' names begin with.
+    """
 
     name: str
     artifact: bytes
@@ -43,6 +46,7 @@ class Traced:
     donated: list[int]
     touched: list[Touched]
     tables: list[Table]
+    sparse: tuple[str, ...] = ()
     devices: int = 1
 
     def bytes_of(self, *kinds: str) -> int:
@@ -92,8 +96,8 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
     for title, stack, optimizer in zip(titles, stacks, optimizers, strict=True):
         modules[title], modules[f"{title} optimizer"] = stack, optimizer
     state = {
-        f"dense optimizer.{key}": value
-        for values in steps.dense.state.values()
+        f"dense optimizer.{key}.{number}": value
+        for number, values in enumerate(steps.dense.state.values())
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
@@ -105,7 +109,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             device.send
         )
 
-    sparse = {f"{title}.rows" for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse"}
+    sparse = tuple(title for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse")
     traced = []
     for name, step, rate in (("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)):
         for counts in looked_up:
@@ -121,12 +125,12 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             if name == "train" and optimizer.updates_all(stack, sum(counts), len(stack.rows) // num_chips)
         }
         large = [
-            Table(a.name, _part(a, num_chips), a.name in sparse, a.name in passed)
+            Table(a.name, _part(a, num_chips), a.name in {f"{title}.rows" for title in sparse}, a.name in passed)
             for a in found.arguments
             if a.name.startswith(("rows", "bags")) and math.prod(a.shape) >= 2**18
         ]
         traced.append(
-            Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large, num_chips)
+            Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large, sparse, num_chips)
         )
     replaced = {p.name: p.plugin for p in plan.bags}
     return traced, {"plugins_of_tables": replaced, "embedding_bytes": sum(p.bytes for p in plan.bags)}
@@ -187,13 +191,10 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
         "hbm_bytes": chip.hbm_bytes,
     }
     memory["padding_bytes"] = memory["modelled_argument_bytes"] - memory["unpadded_bytes"]
-    others = memory["modelled_argument_bytes"] - sum(
-        storage_bytes(traced.on_one(a), a.dtype)
-        for a in traced.arguments
-        if any(t.name == a.name and t.sparse for t in traced.tables)
-    )
+    training = traced.name == "train"
+    read, written = whole_bytes(traced)
     if compiled.error:
-        bound = lower_bound(chip, traced.touched, other_bytes=others, training=traced.name == "train")
+        bound = lower_bound(chip, traced.touched, read_bytes=read, written_bytes=written, training=training)
         missing = (
             "known_cycles",
             "bytes_accessed",
@@ -229,7 +230,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
     largest_table = max((math.prod(t.dims) * 4 * traced.devices for t in traced.tables), default=0)
     largest = max((c["bytes"] for c in sent), default=0)
     flops = compiled.cost.get("flops", 0.0)
-    bound = lower_bound(chip, traced.touched, other_bytes=others, flops=flops, training=traced.name == "train")
+    bound = lower_bound(chip, traced.touched, read_bytes=read, written_bytes=written, flops=flops, training=training)
     used = compiled.memory
     total = used["argument"] + used["output"] - used["alias"] + used["temp"] + used["generated_code"]
     uncovered = sorted((c for c in costs if c.modelled), key=lambda c: -c.seconds)
@@ -267,6 +268,19 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
         "parts_ms": parts(costs),
         "loops": sorted({e.times for e in module.schedule} - {1}),
     }
+
+
+def whole_bytes(traced: Traced) -> tuple[int, int]:
+    """Bytes that a step reads whole, and that it writes whole: of all but rows of sparse placement and their state."""
+    touched = tuple(f"{title}{end}" for title in traced.sparse for end in (".", " optimizer"))
+    read = written = 0
+    for argument in traced.arguments:
+        if argument.name.startswith(touched):
+            continue
+        size = storage_bytes(traced.on_one(argument), argument.dtype)
+        read += size
+        written += size * argument.donated
+    return read, written
 
 
 def exchanged(module: hlo.Module, chip: Chip, slice: Slice) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dlrm_xla import hlo, step_cost, tpu_compile
 from dlrm_xla.collectives import collectives
 from dlrm_xla.config import resolve
 from dlrm_xla.errors import UserError
-from dlrm_xla.tpu import CHIPS, lookup_seconds
+from dlrm_xla.tpu import CHIPS, lookup_seconds, storage_bytes
 
 needs_compiler = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("jax", "libtpu"))),
@@ -288,6 +288,30 @@ def test_traced_on_shapes_is_what_a_step_runs(plugin):
         assert re.search(rb"bags\.0\.\d+/aten__remainder", train.artifact)
         assert re.search(rb"bags\.2 backward\.\d+/aten__mul", train.artifact)
         assert re.search(rb"bags\.\d+/aten__index_select", train.artifact)
+
+
+@needs_xla
+@pytest.mark.parametrize(("optimizer", "states"), [("sgd", 0), ("adagrad", 1), ("adam", 2)])
+def test_a_bound_does_not_grow_with_rows_that_are_not_touched(optimizer, states):
+    from dataclasses import replace
+
+    tpu_steps = sys.modules[launch_script("compile_tpu").compile_step.__module__]
+    settings = {"row_optimizer": optimizer, "dense_optimizer": optimizer, "near_bytes": 0}
+    found = []
+    for rows in (4_000_000, 40_000_000):
+        config = replace(small(**settings), synthetic_tables=[rows, 40, 2000], bottom=[8], top=[8])
+        train, forward = tpu_steps.trace_steps(config)[0]
+        found.append((tpu_steps.whole_bytes(train), tpu_steps.whole_bytes(forward)))
+    assert found[0] == found[1]
+    (read, written), (forward_read, nothing) = found[0]
+    parameters = sum(
+        storage_bytes(a.shape, a.dtype)
+        for a in train.arguments
+        if tpu_steps.kind_of(a.name) == "parameters" and a.donated and not a.name.startswith("rows0")
+    )
+    assert (1 + states) * parameters <= written <= (1 + states) * parameters + 512 * len(train.arguments)
+    assert nothing == 0
+    assert parameters < forward_read < read
 
 
 @needs_xla

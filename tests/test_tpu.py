@@ -52,7 +52,7 @@ def test_a_chips_clock_is_its_peak_over_flops_a_cycle(chip):
 def test_lower_bound_by_hand():
     chip = tpu.find_chip("v5e")
     kaggle = [tpu.Touched(26 * 2048, 16)]
-    step = tpu.lower_bound(chip, kaggle, other_bytes=1000, flops=1e9)
+    step = tpu.lower_bound(chip, kaggle, read_bytes=800, written_bytes=200, flops=1e9)
     assert step.bytes == 26 * 2048 * 512 * 3 + 1000  # read, read again and written
     assert step.memory_seconds == pytest.approx(81_789_928 / 819e9)
     assert step.matrix_seconds == pytest.approx(1e9 / 197e12)
