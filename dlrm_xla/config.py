@@ -1,4 +1,4 @@
-"""Every setting of a run, where its value came from, and the presets.
+"""Every setting of a run, and where its value came from.
 
 Flags win over the configuration file, the file over the preset, the preset over the defaults.
 """

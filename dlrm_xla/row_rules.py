@@ -1,4 +1,18 @@
-"""The rows' optimizers: what each adds to rows whose whole gradients are known."""
+"""The rows' optimizers: what each adds to rows whose whole gradients are known.
+
+g is a touched row's gradient with its weight decay, summed over the row's lookups of a step; t counts steps from 1.
+
+    sgd                 -lr g
+    adagrad             G += mean(g^2), a number for each row;  -lr g / (sqrt(G) + eps)
+    adagrad_element     G += g^2, element by element;           -lr g / (sqrt(G) + eps)
+    adam, lazy          m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+                        -lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
+
+Rows that a step does not look up keep what they have, state included. Duchi, Hazan, Singer 2011, "Adaptive Subgradient
+Methods for Online Learning and Stochastic Optimization", section 1.1, for Adagrad, with one number a row as in FBGEMM's
+exact row-wise Adagrad; Kingma & Ba 2015, "Adam", end of section 2, with eps where torch.optim.SparseAdam has it: added
+before the bias of v is taken out, not after.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +33,11 @@ StateName = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class RowSettings:
-    """Numbers of a row optimizer. ``weight_decay`` is L2, added to the gradient of touched rows only."""
+    """Numbers of a row optimizer.
+
+    ``eps`` is added to the root that a step is divided by, ``betas`` are Adam's b1 and b2, ``weight_decay`` is L2,
+    added to the gradient of touched rows only, ``state`` the type of the state.
+    """
 
     name: RowOptimizerName = "adagrad"
     eps: float = 1e-8

@@ -42,7 +42,7 @@ LAPACK_NUMBERS = 2**28
 
 
 def block_of(spectrum: str, dim: int, start: int, count: int) -> Tensor:
-    """Rows ``start`` on of a table: the same whatever blocks it is made in.
+    """Rows ``start`` on of a table, the same whenever they are asked for; another ``start`` draws other rows.
 
     decaying: normal times 0.8^j in random directions; flat: normal; clustered: 100 centres, and a tenth of noise.
     """
