@@ -24,6 +24,14 @@ from dlrm_xla.rows import LEAST_FILE_BYTES, RowTable
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.tensor_file import TensorFile
 
+_SETTINGS = ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")
+
+
+def model_settings(settings: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """What a `DLRM` takes of settings, or of what `describe` made of them."""
+    values = settings if isinstance(settings, Mapping) else vars(settings)
+    return {name: values[name] for name in _SETTINGS}
+
 
 def describe(
     config: Config,
@@ -38,7 +46,7 @@ def describe(
         "bag_lengths": list(bag_lengths),
         "variable_bags": variable_bags,
         "tables": [{"name": p.name, "rows": p.rows, "dim": p.dim, "plugin": p.plugin} for p in plans],
-        **{k: getattr(config, k) for k in ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")},
+        **model_settings(config),
     }
 
 
@@ -53,7 +61,7 @@ def _built(described: Mapping[str, Any], rows: MakeBag) -> DLRM:
         described["num_dense"],
         tables,
         [compose(parse(t["plugin"]), rows) for t in described["tables"]],
-        **{k: described[k] for k in ("bottom", "top", "interaction", "cross_layers", "cross_rank", "seed")},
+        **model_settings(described),
     )
 
 

@@ -287,12 +287,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         dataset.dense.shape[1],
         plan.tables,
         plan.make_bags,
-        bottom=config.bottom,
-        top=config.top,
-        interaction=config.interaction,
-        cross_layers=config.cross_layers,
-        cross_rank=config.cross_rank,
-        seed=config.seed,
+        **serving.model_settings(config),
     )
     about = start[1] if start else {}
     outcome = Outcome(**about.get("outcome", {}))

@@ -21,6 +21,7 @@ from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_rules import RULES
 from dlrm_xla.rows import RowStack
+from dlrm_xla.serving import model_settings
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.step_cost import Cost, Table
 from dlrm_xla.tpu import Chip, Slice, Touched, lower_bound, storage_bytes
@@ -81,11 +82,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             NUM_DENSE,
             plan.tables,
             plan.make_bags,
-            bottom=config.bottom,
-            top=config.top,
-            interaction=config.interaction,
-            cross_layers=config.cross_layers,
-            cross_rank=config.cross_rank,
+            **model_settings(config),
         )
     lengths = config.synthetic_bags or [1] * len(plan.tables)
     steps = Steps(model, lengths, device, config)
