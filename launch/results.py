@@ -13,10 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-from dlrm_xla_studies import documents
-
 from dlrm_xla.errors import UserError
+
+try:
+    import pandas as pd
+    from dlrm_xla_studies import documents
+except ModuleNotFoundError as error:
+    print(f"error: results need {error.name}: pip install -e '.[studies]'", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,11 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import study_plans
-from dlrm_xla_studies import conduct
-from dlrm_xla_studies.spec import read_study
-
 from dlrm_xla.errors import UserError
+
+try:
+    import study_plans
+    from dlrm_xla_studies import conduct
+    from dlrm_xla_studies.spec import read_study
+except ModuleNotFoundError as error:
+    print(f"error: a study needs {error.name}: pip install -e '.[studies]'", file=sys.stderr)
+    sys.exit(2)
 
 LAUNCH = Path(__file__).parent
 
