@@ -55,8 +55,10 @@ class CheckpointFolder:
                 _remove(old)
 
     def repeat_best(self, path: Path) -> None:
-        """Names a checkpoint the best again, in case the run was killed before it did."""
-        self._name(path, "best")
+        """Names a checkpoint the best again, in case the run was killed before it did; every rank waits for that."""
+        if self.ranks.first:
+            self._name(path, "best")
+        self.ranks.wait()
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and what was saved about it; None where there is none at all.

@@ -230,7 +230,7 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     if typing.get_origin(kind) is Literal:
         good = value in typing.get_args(kind)
     elif kind is float:
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
             value = float(value)  # which YAML takes for text, without a point or a sign
         good = isinstance(value, int | float) and not isinstance(value, bool)
     elif kind is int:

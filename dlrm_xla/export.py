@@ -18,12 +18,25 @@ TORCH, STABLEHLO = "model.pt2", "stablehlo"
 
 
 def store(model: nn.Module) -> None:
-    """Puts in the place of each bag what it is stored as."""
-    for name, module in list(model.named_children()):
+    """Puts in the place of each bag what it is stored as; a UserError where one only counts it."""
+    _store(model, {})
+
+
+def _store(model: nn.Module, served: dict[nn.Module, nn.Module]) -> None:
+    for name, module in list(model._modules.items()):  # a module under two names is among them twice
+        if module is None:
+            continue
         if isinstance(module, Stored):
-            setattr(model, name, module.served())
+            if module not in served:
+                served[module] = module.served()
+            setattr(model, name, served[module])
+        elif hasattr(module, "bytes_to_serve"):
+            raise UserError(
+                f"{type(module).__name__} says in how many bytes it is stored (bytes_to_serve), but cannot be stored: "
+                "it has no served(), which dlrm_xla.contract.Stored asks for. Look at its plugin."
+            )
         else:
-            store(module)
+            _store(module, served)
 
 
 def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> list[str]:

@@ -19,12 +19,7 @@ def click_metrics(labels: NDArray[np.float32], logits: NDArray[np.float32]) -> d
     """
     from sklearn.metrics import roc_auc_score
 
-    lost = len(logits) - int(np.isfinite(logits).sum())
-    if lost:
-        raise UserError(
-            f"{lost:,} of {len(logits):,} scores are not finite, so there is no AUC. Lower --dense-lr or --row-lr, or "
-            "check the data; checkpoints saved before are kept."
-        )
+    check_scores(logits)
     rate = float(labels.mean())
     if not 0 < rate < 1:
         raise UserError(
@@ -39,6 +34,16 @@ def click_metrics(labels: NDArray[np.float32], logits: NDArray[np.float32]) -> d
         "normalized_entropy": log_loss / _entropy(rate, rate),
         "accuracy": float(np.mean((z > 0) == (labels > 0.5))),
     }
+
+
+def check_scores(logits: NDArray[np.float32]) -> None:
+    """Raises a UserError where a score is not finite."""
+    lost = len(logits) - int(np.isfinite(logits).sum())
+    if lost:
+        raise UserError(
+            f"{lost:,} of {len(logits):,} scores are not finite, so there is no AUC. A model that training spoiled "
+            "gives such: train with a lower --dense-lr or --row-lr, or take an earlier checkpoint."
+        )
 
 
 def base_rate_metrics(labels: NDArray[np.float32], train_rate: float) -> dict[str, float]:

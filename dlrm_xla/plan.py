@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dlrm_xla.config import Config
-from dlrm_xla.contract import MakeBag, Stored, Table
+from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import RowAccess
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.registry import Layer, compose, parse
@@ -70,8 +70,9 @@ def bytes_kept(module: nn.Module) -> int:
 
     A bag that stores less than it trains, as quantized rows do, says so (`dlrm_xla.contract.Stored`).
     """
-    if isinstance(module, Stored):
-        return module.bytes_to_serve()
+    stored = getattr(module, "bytes_to_serve", None)
+    if stored is not None:
+        return int(stored())
     own: dict[str, torch.Tensor] = {}
     module._save_to_state_dict(own, "", keep_vars=True)
     return sum(t.numel() * t.element_size() for t in own.values()) + sum(bytes_kept(m) for m in module.children())

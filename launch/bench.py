@@ -106,8 +106,8 @@ def check(given: argparse.Namespace) -> None:
         values = np.atleast_1d(getattr(given, name))
         if min(values) < 1:
             raise UserError(f"--{name} is {min(values)}, but must be at least 1")
-    if min(given.zipf) < 0 or not 0 <= given.ratio < float("inf"):
-        raise UserError("--zipf and --ratio must not be negative")
+    if not all(0 <= number < float("inf") for number in (*given.zipf, given.ratio)):
+        raise UserError("--zipf and --ratio must be 0 or a number above it")
     if max(given.rows) > MAX_ROWS:
         raise UserError(f"--rows is {max(given.rows):,}, but a table has at most {MAX_ROWS:,}")
     for spec in given.plugin or ():

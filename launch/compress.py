@@ -57,7 +57,20 @@ FINE_TUNE_RATE = 0.1
 # Times as many validations, and as many more to wait. What fine-tuning gives back comes in the first steps: a random
 # projection at 10x was best after 12 steps of 230, where four validations an epoch saw it overfit only.
 FINE_TUNE_VALIDATIONS = 5
+_OFTENER = ("evals_per_epoch", "patience")
+# Settings of the checkpoint that are of its run or of its tables.
+_DROPPED = ("out", "row_files", "plugin", "ratio", "memory", "tables")
 Scores = dict[str, dict[str, float]]
+
+
+def _unless_given(name: str) -> str:
+    if name in _DROPPED:
+        return "must be given" if name == "plugin" else "default: as the plugin's options say"
+    if name.endswith("_lr"):
+        return f"default the checkpoint's, with --fine-tune {FINE_TUNE_RATE:g} times that"
+    if name in _OFTENER:
+        return f"default the checkpoint's, with --fine-tune {FINE_TUNE_VALIDATIONS} times that"
+    return "default the checkpoint's"
 
 
 def flags() -> argparse.ArgumentParser:
@@ -73,7 +86,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weigh", choices=["lookups", "alike"], default="lookups", help="how rows count (default lookups)"
     )
-    launcher.add_settings(parser, SETTINGS, "the checkpoint's")
+    launcher.add_settings(parser, SETTINGS, _unless_given)
     return parser
 
 
@@ -207,14 +220,13 @@ def _check_source(path: Path, about: Mapping[str, Any]) -> None:
 
 def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int) -> tuple[Config, dict[str, str]]:
     """The checkpoint's settings under those that were given; fine-tuning has lower rates and validates more often."""
-    dropped = ("out", "row_files", "plugin", "ratio", "memory", "tables")
-    saved = {k: v for k, v in about["config"].items() if k not in dropped}
+    saved = {k: v for k, v in about["config"].items() if k not in _DROPPED}
     smaller = {
         name: saved[name] * FINE_TUNE_RATE
         for name in ("row_lr", "dense_lr", "plugin_lr")
         if fine_tune and name not in given and saved[name]
     }
-    oftener = {name: saved[name] * FINE_TUNE_VALIDATIONS for name in ("evals_per_epoch", "patience") if fine_tune}
+    oftener = {name: saved[name] * FINE_TUNE_VALIDATIONS for name in _OFTENER if fine_tune}
     epochs = {"epochs": fine_tune} if fine_tune else {}
     config, origins = resolve({**saved, **smaller, **oftener, **epochs, **given}, None)
     return config, {k: v if k in given else "the checkpoint" for k, v in origins.items()}

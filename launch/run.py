@@ -66,8 +66,10 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Collection[str], default: str = "") -> None:
-    """A flag for each of the named settings; their defaults are ``default``, or what a run without flags has."""
+def add_settings(
+    parser: argparse.ArgumentParser, names: Collection[str], told: Callable[[str], str] | None = None
+) -> None:
+    """A flag for each of the named settings; ``told`` says what each is where it is not given, else a run's default."""
     hints = typing.get_type_hints(Config)
     usual = resolve({}, None)[0]
     for field in dataclasses.fields(Config):
@@ -75,6 +77,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str], defaul
             continue
         kind = hints[field.name]
         literal = typing.get_origin(kind) is typing.Literal
+        value = getattr(usual, field.name)
+        default = f"default {value}"
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
@@ -83,7 +87,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str], defaul
             action=_Once if field.name == "plugin" else "store",
             metavar=None if literal else kind.__name__.upper(),
             help=field.metadata["help"].replace("%", "%%")
-            + (f" (default {default or getattr(usual, field.name)})" if getattr(usual, field.name) != "" else ""),
+            + (f" ({told(field.name) if told else default})" if value != "" else ""),
         )
 
 
@@ -178,7 +182,9 @@ def make_plan(
     place = placement_rule(config, access)
 
     def trained(bag: nn.Module, table: Table) -> int:
-        return planning.training_bytes(bag, lengths[positions[table.name]], config, access, place).total
+        # What would lie in files too: a budget that they are free of would replace no table.
+        found = planning.training_bytes(bag, lengths[positions[table.name]], config, access, place)
+        return found.total + found.in_files
 
     positions = {table.name: k for k, table in enumerate(tables)}
     whole = sum(dataset.num_rows(f, 0) for f in range(len(tables))) if dataset else sum(t.num_rows for t in tables)
@@ -383,7 +389,7 @@ def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder | 
     """Puts a checkpoint into steps that have done nothing yet."""
     steps.load(path)
     outcome = about["outcome"]
-    if outcome["best_step"] == outcome["steps"] and steps.ranks.first:
+    if outcome["best_step"] == outcome["steps"]:
         folder.checkpoints.repeat_best(path)
     print(f"resumed from {path}, step {outcome['steps']:,}")
 

@@ -1,5 +1,4 @@
 #!/usr/bin/env python
-#!/usr/bin/env python
 """Checks the statements of docs/tpu.md against libtpu's compiler and draws them. Needs the extra tpu-compiler.
 
     launch/tpu_theory.py                    all parts, some ten minutes: docs/tpu.json and docs/tpu.png

@@ -17,7 +17,7 @@ from dlrm_xla.config import Config, resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import export
-from dlrm_xla.metrics import base_rate_metrics, click_metrics
+from dlrm_xla.metrics import base_rate_metrics, check_scores, click_metrics
 from dlrm_xla.predictions import write_predictions
 from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.train import GraphWatch, Steps, predict
@@ -75,6 +75,7 @@ def evaluate(
     loader = Loader(ordered, config.batch_size, config.min_count, config.seed)
     labels = loader.labels("scored").numpy()
     logits = predict(steps, loader, "scored", GraphWatch(device, warn))
+    check_scores(logits)
     write_predictions(out, labels, logits, dataset.splits[split][0])
     print(f"{len(labels):,} {split} rows scored by {path}, step {about['step']:,}")
     if 0 < float(np.mean(labels)) < 1:

@@ -94,6 +94,12 @@ def test_what_does_not_compare_is_refused(column, value, words):
         page.html(runs, "mixed")
 
 
+def test_of_two_methods_none_is_chosen():
+    for plugins, ranked in ((["hash_rows", "robe"], False), (["hash_rows", "robe", "top_rows"], True)):
+        runs = runs_of(plugins)
+        assert bool(choice.choices(runs, statistics.summary(runs))) == ranked
+
+
 def test_mixed_versions_are_warned_of():
     runs = runs_of(["hash_rows"])
     runs.loc[0, "versions"] = json.dumps({"torch": "2.8.0"})

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import needs_xla
+from conftest import launch_script, needs_xla
 
 from dlrm_xla import plan
 from dlrm_xla.config import resolve
@@ -122,6 +122,14 @@ def test_files_take_no_memory_but_the_rest_does(tmp_path):
     with pytest.raises(UserError, match="training the tables needs"):
         plan.check_memory([large, kept], 1e6)
     assert not (tmp_path / "files").exists()
+
+
+def test_a_budget_counts_what_lies_in_files(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"row_files: {tmp_path / 'files'}\n")
+    flags = ["--plan", "--preset", "kaggle", "--plugin", "hash_rows", "--memory", "100MB"]
+    for more in ([], ["--config", str(tmp_path / "c.yaml")]):
+        assert launch_script("run").main([*flags, *more]) == 0
+        assert "hash_rows:rows=" in capsys.readouterr().out
 
 
 def test_placement_goes_by_rows_or_by_name():

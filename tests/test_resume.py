@@ -182,7 +182,7 @@ class _Pair(Ranks):
 
 
 def test_every_rank_finds_the_same_best_checkpoint(tmp_path, monkeypatch):
-    barrier, found = threading.Barrier(2), {}
+    barrier, found = threading.Barrier(2, timeout=20), {}
     rename = os.replace
 
     def slow(*names):
@@ -197,7 +197,7 @@ def test_every_rank_finds_the_same_best_checkpoint(tmp_path, monkeypatch):
             folder.add(step, lambda path: path.mkdir(exist_ok=True), best=True)
         found[rank] = folder.named("best").resolve().name
 
-    threads = [threading.Thread(target=train, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=train, args=(rank,), daemon=True) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:

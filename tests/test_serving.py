@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import launch_script, needs_xla
 from sklearn.metrics import roc_auc_score
+from torch import nn
 
 from dlrm_xla import registry, serving
+from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
-from dlrm_xla.export import export
+from dlrm_xla.export import export, store
 from dlrm_xla.plan import bytes_kept
+from dlrm_xla.rows import RowTable
 
 launcher = launch_script("run")
 # torch's and torch_xla's own warning, while they load what they wrote
@@ -107,6 +110,7 @@ def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
     torch.testing.assert_close(found, expected[6], atol=1e-6, rtol=1e-5)
 
 
+@needs_xla
 def test_a_program_is_as_small_as_what_is_served(tmp_path):
     about = _described("hash_rows:rows=100000+int4")
     about["model"]["tables"] = [{"name": "a", "rows": 900_000, "dim": 16, "plugin": "hash_rows:rows=100000+int4"}]
@@ -118,6 +122,23 @@ def test_a_program_is_as_small_as_what_is_served(tmp_path):
     for path in (tmp_path / "model.pt2", tmp_path / "stablehlo"):
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         assert kept < sum(p.stat().st_size for p in files) < 1.2 * kept, path
+
+
+def test_a_bag_of_two_names_is_stored_once_and_one_that_only_counts_is_refused():
+    model = nn.Module()
+    model.a = model.b = registry.compose(registry.parse("int4"), RowTable)(Table("t", 50, 8))
+    store(model)
+    assert model.a is model.b
+    assert not list(model.parameters())
+
+    class Counts(nn.Module):
+        def bytes_to_serve(self):
+            return 5
+
+    model.c = Counts()
+    assert bytes_kept(model.c) == 5
+    with pytest.raises(UserError, match="it has no served"):
+        store(model)
 
 
 @LOADS

@@ -22,10 +22,8 @@ from dlrm_xla_data.vocabulary import Limits
 
 
 def _count(text: str) -> int:
-    return int(float(text))
-
-
-_count.__name__ = "number"  # which argparse names where a text is none
+    (number,) = _numbers(text.replace(",", ""))
+    return number
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -35,7 +33,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         value, _, times = part.lower().partition("x")
         try:
             numbers += [int(float(value))] * (int(times) if times else 1)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise argparse.ArgumentTypeError(f"{part!r}: expected numbers such as 3,2,1 or 1000x26") from error
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError("all numbers must be at least 1")

@@ -126,7 +126,7 @@ def open_log(raw: Path, cache: Path | None) -> PreparedDataset:
     It lies beside the log as ``<name>.prepared``, or under ``cache``.
     """
     if not raw.is_file():
-        raise UserError(f"--data {raw}: there is no such file. Give a raw Criteo log or a prepared folder.")
+        raise UserError(f"--data {raw}: there is no such file. Give a raw Criteo or Avazu log, or a prepared folder.")
     folder = (cache or raw.parent) / f"{raw.name}.prepared"
     source = fingerprint(raw)
     if folder.exists() and read_meta(folder)["source"] == source:

@@ -105,7 +105,9 @@ class CodedRows(StoredRows):
     def __init__(self, bag: ProductBag, weight_RD: Tensor) -> None:
         super().__init__()
         self.dim, self.bits = bag.table.dim, bag.bits
-        self.register_buffer("codes", torch.cat([pack(bag.codes(part).t(), bag.bits) for part in parts(weight_RD)]))
+        distances = bag.centroids.shape[0] * bag.centroids.shape[1]
+        found = [pack(bag.codes(part).t(), bag.bits) for part in parts(weight_RD, distances)]
+        self.register_buffer("codes", torch.cat(found))
         self.register_buffer("centroids", bag.centroids.detach())
 
     def read(self, ids_N: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class QuantizedRows(StoredRows):
         super().__init__()
         self.dim = weight_RD.shape[1]
         self.bits = bits
-        found = [quantize(part, bits) for part in parts(weight_RD)]
+        found = [quantize(part, bits) for part in parts(weight_RD, self.dim)]
         self.register_buffer("codes", torch.cat([pack(codes + 2 ** (bits - 1), bits) for codes, _ in found]))
         self.register_buffer("scales", torch.cat([scales for _, scales in found]))
 

@@ -100,7 +100,7 @@ class PrunedRows(StoredRows):
         super().__init__()
         self.dim = weight_RD.shape[1]
         numbers, places = [], []
-        for part in parts(weight_RD):
+        for part in parts(weight_RD, self.dim):
             kept_ND = are_kept(part, kept)
             numbers.append(part[kept_ND].view(-1, kept))
             places.append(pack(kept_ND, 1))

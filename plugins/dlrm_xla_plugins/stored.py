@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# Rows are packed in parts, so that a large table takes little more memory meanwhile.
-_PART = 2**18
+# Rows are packed in parts that make so many numbers on the way, so that a large table takes little more memory.
+_PART_NUMBERS = 2**22
 
 
 class StoredRows(nn.Module):
@@ -23,14 +23,20 @@ class StoredRows(nn.Module):
         return (rows_ND * weights_BL.reshape(-1, 1)).view(*ids_BL.shape, -1).sum(1)
 
 
-def parts(weight_RD: Tensor) -> Iterator[Tensor]:
-    """A table's rows in parts, float32."""
-    for part in torch.split(weight_RD.detach(), _PART):
+def parts(weight_RD: Tensor, numbers: int) -> Iterator[Tensor]:
+    """A table's rows in parts, float32, where a row makes so many numbers on its way to what is stored."""
+    for part in torch.split(weight_RD.detach(), max(1, _PART_NUMBERS // numbers)):
         yield part.float()
 
 
 def pack(codes_NK: Tensor, bits: int) -> Tensor:
     """Codes from 0 to 2^bits - 1 side by side, the first in the lowest bits: [N, K] -> uint8 [N, ceil(K bits / 8)]."""
+    if 8 % bits == 0:  # each code lies in one byte
+        per_byte = 8 // bits
+        places = torch.arange(per_byte, dtype=torch.int32, device=codes_NK.device) * bits
+        padded = torch.nn.functional.pad(codes_NK.to(torch.int32), (0, -codes_NK.shape[1] % per_byte))
+        bytes_NC: Tensor = (padded.view(len(padded), -1, per_byte) << places).sum(2, dtype=torch.int32)
+        return bytes_NC.to(torch.uint8)
     bits_NB = _bits(codes_NK, bits)
     bits_NB = torch.nn.functional.pad(bits_NB, (0, -bits_NB.shape[1] % 8))
     return _numbers(bits_NB, 8).to(torch.uint8)
