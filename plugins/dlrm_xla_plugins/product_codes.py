@@ -11,7 +11,7 @@ from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, 
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.clusters import cluster
-from dlrm_xla_plugins.stored import StoredRows, pack, parts, unpack
+from dlrm_xla_plugins.stored import StoredRows, in_parts, pack, unpack
 
 _SAMPLE = 2**17
 
@@ -106,8 +106,8 @@ class CodedRows(StoredRows):
         super().__init__()
         self.dim, self.bits = bag.table.dim, bag.bits
         distances = bag.centroids.shape[0] * bag.centroids.shape[1]
-        found = [pack(bag.codes(part).t(), bag.bits) for part in parts(weight_RD, distances)]
-        self.register_buffer("codes", torch.cat(found))
+        (codes,) = in_parts(weight_RD, distances, lambda rows_ND: [pack(bag.codes(rows_ND).t(), bag.bits)])
+        self.register_buffer("codes", codes)
         self.register_buffer("centroids", bag.centroids.detach())
 
     def read(self, ids_N: Tensor) -> Tensor:

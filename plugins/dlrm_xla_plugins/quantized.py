@@ -9,7 +9,7 @@ from dlrm_xla.compression import set_table
 from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
-from dlrm_xla_plugins.stored import StoredRows, pack, parts, unpack
+from dlrm_xla_plugins.stored import StoredRows, in_parts, pack, unpack
 
 
 def int8(table: Table, inner: MakeBag) -> nn.Module:
@@ -101,9 +101,14 @@ class QuantizedRows(StoredRows):
         super().__init__()
         self.dim = weight_RD.shape[1]
         self.bits = bits
-        found = [quantize(part, bits) for part in parts(weight_RD, self.dim)]
-        self.register_buffer("codes", torch.cat([pack(codes + 2 ** (bits - 1), bits) for codes, _ in found]))
-        self.register_buffer("scales", torch.cat([scales for _, scales in found]))
+
+        def stored(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+            codes_ND, scales_N1 = quantize(rows_ND, bits)
+            return pack(codes_ND + 2 ** (bits - 1), bits), scales_N1
+
+        codes, scales = in_parts(weight_RD, self.dim, stored)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
 
     def read(self, ids_N: Tensor) -> Tensor:
         codes_ND = unpack(self.codes.index_select(0, ids_N), self.dim, self.bits) - 2 ** (self.bits - 1)

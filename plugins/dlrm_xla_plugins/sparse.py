@@ -14,7 +14,7 @@ from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
 from dlrm_xla_plugins.clusters import cluster, nearest
-from dlrm_xla_plugins.stored import StoredRows, pack, parts, unpack
+from dlrm_xla_plugins.stored import StoredRows, in_parts, pack, unpack
 
 # Rows that centres are found on; all rows then take the nearest one.
 _SAMPLE = 2**17
@@ -99,13 +99,14 @@ class PrunedRows(StoredRows):
     def __init__(self, weight_RD: Tensor, kept: int) -> None:
         super().__init__()
         self.dim = weight_RD.shape[1]
-        numbers, places = [], []
-        for part in parts(weight_RD, self.dim):
-            kept_ND = are_kept(part, kept)
-            numbers.append(part[kept_ND].view(-1, kept))
-            places.append(pack(kept_ND, 1))
-        self.register_buffer("numbers", torch.cat(numbers))
-        self.register_buffer("places", torch.cat(places))
+
+        def stored(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+            kept_ND = are_kept(rows_ND, kept)
+            return rows_ND[kept_ND].view(-1, kept), pack(kept_ND, 1)
+
+        numbers, places = in_parts(weight_RD, self.dim, stored)
+        self.register_buffer("numbers", numbers)
+        self.register_buffer("places", places)
 
     def read(self, ids_N: Tensor) -> Tensor:
         kept_ND = unpack(self.places.index_select(0, ids_N), self.dim, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,18 @@ class StoredRows(nn.Module):
         return (rows_ND * weights_BL.reshape(-1, 1)).view(*ids_BL.shape, -1).sum(1)
 
 
-def parts(weight_RD: Tensor, numbers: int) -> Iterator[Tensor]:
-    """A table's rows in parts, float32, where a row makes so many numbers on its way to what is stored."""
+def in_parts(weight_RD: Tensor, numbers: int, store: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """What ``store`` makes of a table's float32 rows, each [R, ...], where a row takes so many numbers on its way."""
+    whole: list[Tensor] = []
+    first = 0
     for part in torch.split(weight_RD.detach(), max(1, _PART_NUMBERS // numbers)):
-        yield part.float()
+        made = store(part.float())
+        # Made once, for many small results between large ones keep an allocator from using their places again.
+        whole = whole or [t.new_empty(len(weight_RD), *t.shape[1:]) for t in made]
+        for array, values in zip(whole, made, strict=True):
+            array[first : first + len(part)] = values
+        first += len(part)
+    return whole
 
 
 def pack(codes_NK: Tensor, bits: int) -> Tensor:
