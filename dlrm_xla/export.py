@@ -17,12 +17,12 @@ from dlrm_xla.serving import Scorer
 TORCH, STABLEHLO = "model.pt2", "stablehlo"
 
 
-def store(model: nn.Module) -> None:
-    """Puts in the place of each bag what it is stored as; a UserError where one only counts it."""
-    _store(model, {})
+def store(model: nn.Module, served: dict[nn.Module, nn.Module] | None = None) -> None:
+    """Puts in the place of each bag what it is stored as; a UserError where one only counts it.
 
-
-def _store(model: nn.Module, served: dict[nn.Module, nn.Module]) -> None:
+    ``served`` has those that are stored already.
+    """
+    served = {} if served is None else served
     for name, module in list(model._modules.items()):  # a module under two names is among them twice
         if module is None:
             continue
@@ -36,7 +36,7 @@ def _store(model: nn.Module, served: dict[nn.Module, nn.Module]) -> None:
                 "it has no served(), which dlrm_xla.contract.Stored asks for. Look at its plugin."
             )
         else:
-            _store(module, served)
+            store(module, served)
 
 
 def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> list[str]:

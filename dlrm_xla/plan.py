@@ -23,7 +23,7 @@ from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sizing import Budget, fit, smallest_layers
 from dlrm_xla.tpu import row_bytes, storage_bytes
 
-_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,13 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
-        """What of it is in memory."""
-        return self.padded + self.optimizer + self.gradient - self.in_files
+        """All of it."""
+        return self.padded + self.optimizer + self.gradient
+
+    @property
+    def in_memory(self) -> int:
+        """What of it is not in files."""
+        return self.total - self.in_files
 
 
 def bytes_kept(module: nn.Module) -> int:
@@ -236,6 +241,8 @@ def lookups(bag: nn.Module, bag_length: int) -> list[tuple[RowTable, int]]:
     A bag that does not run on shapes alone counts as one that looks up each of a sample's ids once in every table.
     """
     counts = {member: 0 for member in bag.modules() if isinstance(member, RowTable)}
+    if not counts:
+        return []
 
     def count(member: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         counts[member] += given[0].numel()  # type: ignore[index]
@@ -283,7 +290,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
             line += f"{t.padded:>17,}{t.optimizer:>17,}{t.gradient:>15,}  {t.placement:<10}"
         lines.append(f"{line}  {p.plugin}{note}")
     if sums:
-        need = sums.total
+        need = sums.in_memory
         verdict = "fits" if need <= memory else "DOES NOT FIT"
         lines.append(
             f"tables, optimizer and gradients take {in_words(need)}: {verdict} in {in_words(memory)} "
@@ -303,13 +310,13 @@ def read_bytes(given: str) -> float:
 
 def in_words(bytes_: float) -> str:
     """Bytes in the unit that suits them: 16.00 GB, 856.00 kB."""
-    unit = next((u for u in ("GB", "MB", "kB") if bytes_ >= _UNITS[u]), "B")
-    return f"{bytes_ / _UNITS[unit]:,.2f} {unit}"
+    unit, size = next(((unit, size) for unit, size in _UNITS.items() if bytes_ >= size), ("B", 1.0))
+    return f"{bytes_ / size:,.2f} {unit}"
 
 
 def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:
     """Raises a UserError where tables, their optimizer and their gradients exceed the memory."""
-    need = sum(t.total for t in training)
+    need = sum(t.in_memory for t in training)
     if need > memory:
         raise UserError(
             f"training the tables needs {in_words(need)}, but there are {in_words(memory)}. Take a --plugin that "

@@ -80,8 +80,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--zipf", type=float, default=[1.05], help="exponent of the ids' distribution, 0: uniform", **several
     )
-    placements = ["sparse", "dense", "matmul"]
-    parser.add_argument("--placement", choices=placements, default=["sparse"], help="of single tables", **several)
+    parser.add_argument("--placement", choices=PLACEMENTS, default=["sparse"], help="of single tables", **several)
     parser.add_argument("--optimizer", choices=list(RULES), default=["sgd"], help="of rows", **several)
     parser.add_argument("--rank", type=int, default=16, help="rank of the tensor trains")
     parser.add_argument("--plugin", help="of the steps with plugins; none: all that are installed", **several)

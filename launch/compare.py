@@ -28,18 +28,18 @@ MARKERS = ("<!-- results: made by launch/compare.py -->", "<!-- end of results -
 TITLES = ["plugin", "asked", "ratio", "bytes to serve", "bytes to train", "AUC", "spread", "log loss", "spread"]
 TITLES += ["samples/s", "minimum count", "rates", "seeds"]
 RATES = {"plugin_lr": "plugin lr", "row_lr": "row lr"}
+# Of these the runs of one row have one value too, for no column shows them.
+NOT_SHOWN = ("min_rows", "tables", "row_kernels")
 MAY_DIFFER = {
     "plugin",
     "ratio",
-    "row_kernels",
     "seed",
     "device",
     "out",
     "data_cache",
-    "tables",
-    "min_rows",
     "min_count",
     *RATES,
+    *NOT_SHOWN,
 }
 
 
@@ -100,7 +100,7 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _check_one_setting(group: Sequence[dict[str, Any]]) -> None:
     """Raises a UserError where runs of one row differ in what the row does not show."""
-    for key in ("min_rows", "tables", "row_kernels"):
+    for key in NOT_SHOWN:
         values = {str(r["settings"][key]): r["folder"] for r in group if key in r["settings"]}
         if len(values) > 1:
             (one, here), (other, there) = list(values.items())[:2]

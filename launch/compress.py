@@ -114,7 +114,7 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
 
 def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out: Path) -> int:
     scratch = out / SCRATCH
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" and not path.is_dir():
         path = _converted(path, scratch)
     about = checkpoint.read_about(path)
     _check_source(path, about)
@@ -133,8 +133,8 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
             f"{config.plugin} would replace no table, for the reasons above. Give --ratio, options that keep less, or "
             "a lower --min-rows."
         )
-    for make, table in zip(plan.make_bags, plan.tables, strict=True):
-        check_takes_tables(launcher.planning.on_meta(make, table), config.plugin)
+    for make, table, planned in zip(plan.make_bags, plan.tables, plan.bags, strict=True):
+        check_takes_tables(launcher.planning.on_meta(make, table), planned.plugin)
     launcher.check_memory(plan)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     watch = GraphWatch(device, launcher.warn)

@@ -182,9 +182,8 @@ def make_plan(
     place = placement_rule(config, access)
 
     def trained(bag: nn.Module, table: Table) -> int:
-        # What would lie in files too: a budget that they are free of would replace no table.
-        found = planning.training_bytes(bag, lengths[positions[table.name]], config, access, place)
-        return found.total + found.in_files
+        # Files too: a budget that they are free of would replace no table.
+        return planning.training_bytes(bag, lengths[positions[table.name]], config, access, place).total
 
     positions = {table.name: k for k, table in enumerate(tables)}
     whole = sum(dataset.num_rows(f, 0) for f in range(len(tables))) if dataset else sum(t.num_rows for t in tables)

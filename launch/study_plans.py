@@ -106,7 +106,7 @@ def _plan_run(cell: Cell) -> dict[str, Any]:
     held = sum(array.nbytes for array in (dataset.dense, dataset.labels)) * 4 if dataset else 0
     return {
         # Parameters, optimizer and gradients once, and once more while a checkpoint is written.
-        "memory": PROCESS_BYTES + 2 * sum(t.total for t in made.training) + held,
+        "memory": PROCESS_BYTES + 2 * sum(t.in_memory for t in made.training) + held,
         "samples": (rows[1] - rows[0]) * config.epochs,
         "embedding_bytes": sum(bag.bytes for bag in made.bags),
     }

@@ -147,10 +147,7 @@ def test_weights_of_the_reference_script_are_a_source(small_log, tmp_path, capsy
         (["--plugin", "svd:rank=9"], "rank is 9, but must be from 1 to 7"),
         (["--plugin", "svd", "--ratio", "1000"], "is within its reach"),
         (["--plugin", "svd:rank=3", "--min-rows", "1000"], "would replace no table"),
-        (
-            ["--plugin", "robe:blocks=20"],
-            "robe:blocks=20 cannot be made from a trained table: ",
-        ),
+        (["--plugin", "robe:blocks=20"], "robe:blocks=20 cannot be made from a trained table: "),
         (["--plugin", "svd", "--fine-tune", "-1"], "must be 0 or more"),
         (["--plugin", "svd", "--seed", "5"], "rows would mean something else"),
         (["--plugin", "tensorly_cp:block=true,rank=2"], "leave block out"),
@@ -166,6 +163,8 @@ def test_other_data_damaged_rows_and_compressed_sources_are_refused(trained, sma
     arguments = ["--plugin", "svd:rank=2", "--out", str(tmp_path / "out")]
     assert compress.main([str(trained), *arguments, "--data", str(small_log)]) == 2
     assert "the model has 3 tables, the data 26" in capsys.readouterr().err
+    assert compress.main([str(trained.parent.parent), *arguments]) == 2
+    assert f"is a run folder: give its {trained}" in capsys.readouterr().err
     assert compress.main([str(tmp_path / "none.safetensors"), *arguments]) == 2
     assert "cannot read the checkpoint" in capsys.readouterr().err
     (tmp_path / "dlrm.pt").write_bytes(b"no weights")

@@ -115,7 +115,7 @@ def test_files_take_no_memory_but_the_rest_does(tmp_path):
     place = placement_rule(config, device.rows)
     large, kept = (plan.training_bytes(plan.on_meta(make, t), 1, config, device.rows, place) for t in (table, small))
     assert large.in_files == large.padded + large.optimizer == 2_000_000 * 17 * 4
-    assert large.total == large.gradient
+    assert large.in_memory == large.gradient
     assert kept.in_files == 0
     plans, _ = plan.plan([table, small], "exact", {}, 0, make)
     assert "beside 136.00 MB in files" in plan.text(plans, [large, kept], 1e9)

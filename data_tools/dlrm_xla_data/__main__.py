@@ -22,8 +22,10 @@ from dlrm_xla_data.vocabulary import Limits
 
 
 def _count(text: str) -> int:
-    (number,) = _numbers(text.replace(",", ""))
-    return number
+    numbers = _numbers(text)
+    if len(numbers) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number such as 20000 or 1e6")
+    return numbers[0]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

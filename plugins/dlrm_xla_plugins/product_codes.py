@@ -11,7 +11,7 @@ from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted, 
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.clusters import cluster
-from dlrm_xla_plugins.stored import StoredRows, in_parts, pack, unpack
+from dlrm_xla_plugins.stored import StoredRows, pack, unpack
 
 _SAMPLE = 2**17
 
@@ -89,8 +89,7 @@ class ProductBag(ComposedBag, CodebookBag):
 
     def served(self) -> nn.Module:
         """The rows as packed codes, and the centroids."""
-        assert self.bag.weight is not None, "rows that a stack has taken are not packed"
-        return CodedRows(self, self.bag.weight)
+        return CodedRows(self)
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.parts} codes of {self.bits} bits"
@@ -102,12 +101,11 @@ class CodedRows(StoredRows):
     codes: Tensor
     centroids: Tensor
 
-    def __init__(self, bag: ProductBag, weight_RD: Tensor) -> None:
+    def __init__(self, bag: ProductBag) -> None:
         super().__init__()
         self.dim, self.bits = bag.table.dim, bag.bits
         distances = bag.centroids.shape[0] * bag.centroids.shape[1]
-        (codes,) = in_parts(weight_RD, distances, lambda rows_ND: [pack(bag.codes(rows_ND).t(), bag.bits)])
-        self.register_buffer("codes", codes)
+        self.keep(bag.bag, distances, lambda rows_ND: {"codes": pack(bag.codes(rows_ND).t(), bag.bits)})
         self.register_buffer("centroids", bag.centroids.detach())
 
     def read(self, ids_N: Tensor) -> Tensor:

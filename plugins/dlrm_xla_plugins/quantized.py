@@ -9,7 +9,7 @@ from dlrm_xla.compression import set_table
 from dlrm_xla.contract import ComposedBag, Computation, MakeBag, Table, Wanted
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
-from dlrm_xla_plugins.stored import StoredRows, in_parts, pack, unpack
+from dlrm_xla_plugins.stored import StoredRows, pack, unpack
 
 
 def int8(table: Table, inner: MakeBag) -> nn.Module:
@@ -84,8 +84,7 @@ class QuantizedBag(ComposedBag):
 
     def served(self) -> nn.Module:
         """The rows as packed codes and scales."""
-        assert self.bag.weight is not None, "rows that a stack has taken are not packed"
-        return QuantizedRows(self.bag.weight, self.bits)
+        return QuantizedRows(self)
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.bits} bits"
@@ -97,18 +96,14 @@ class QuantizedRows(StoredRows):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight_RD: Tensor, bits: int) -> None:
+    def __init__(self, bag: QuantizedBag) -> None:
         super().__init__()
-        self.dim = weight_RD.shape[1]
-        self.bits = bits
+        self.dim, self.bits = bag.table.dim, bag.bits
+        self.keep(bag.bag, self.dim, self._stored)
 
-        def stored(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-            codes_ND, scales_N1 = quantize(rows_ND, bits)
-            return pack(codes_ND + 2 ** (bits - 1), bits), scales_N1
-
-        codes, scales = in_parts(weight_RD, self.dim, stored)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+    def _stored(self, rows_ND: Tensor) -> dict[str, Tensor]:
+        codes_ND, scales_N1 = quantize(rows_ND, self.bits)
+        return {"codes": pack(codes_ND + 2 ** (self.bits - 1), self.bits), "scales": scales_N1}
 
     def read(self, ids_N: Tensor) -> Tensor:
         codes_ND = unpack(self.codes.index_select(0, ids_N), self.dim, self.bits) - 2 ** (self.bits - 1)

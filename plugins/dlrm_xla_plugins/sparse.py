@@ -14,7 +14,7 @@ from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins import hashes
 from dlrm_xla_plugins.clusters import cluster, nearest
-from dlrm_xla_plugins.stored import StoredRows, in_parts, pack, unpack
+from dlrm_xla_plugins.stored import StoredRows, pack, unpack
 
 # Rows that centres are found on; all rows then take the nearest one.
 _SAMPLE = 2**17
@@ -74,8 +74,7 @@ class PrunedBag(ComposedBag):
 
     def served(self) -> nn.Module:
         """The numbers kept and a bit for each place."""
-        assert self.bag.weight is not None, "rows that a stack has taken are not packed"
-        return PrunedRows(self.bag.weight, self.kept)
+        return PrunedRows(self)
 
     def extra_repr(self) -> str:
         return f"{self.table.name}, {self.kept} of {self.table.dim} numbers"
@@ -96,17 +95,14 @@ class PrunedRows(StoredRows):
     numbers: Tensor
     places: Tensor
 
-    def __init__(self, weight_RD: Tensor, kept: int) -> None:
+    def __init__(self, bag: PrunedBag) -> None:
         super().__init__()
-        self.dim = weight_RD.shape[1]
+        self.dim, self.kept = bag.table.dim, bag.kept
+        self.keep(bag.bag, self.dim, self._stored)
 
-        def stored(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-            kept_ND = are_kept(rows_ND, kept)
-            return rows_ND[kept_ND].view(-1, kept), pack(kept_ND, 1)
-
-        numbers, places = in_parts(weight_RD, self.dim, stored)
-        self.register_buffer("numbers", numbers)
-        self.register_buffer("places", places)
+    def _stored(self, rows_ND: Tensor) -> dict[str, Tensor]:
+        kept_ND = are_kept(rows_ND, self.kept)
+        return {"numbers": rows_ND[kept_ND].view(-1, self.kept), "places": pack(kept_ND, 1)}
 
     def read(self, ids_N: Tensor) -> Tensor:
         kept_ND = unpack(self.places.index_select(0, ids_N), self.dim, 1)

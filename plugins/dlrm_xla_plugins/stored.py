@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from dlrm_xla.rows import RowTable
 
 # Rows are packed in parts that make so many numbers on the way, so that a large table takes little more memory.
 _PART_NUMBERS = 2**22
@@ -14,6 +16,22 @@ _PART_NUMBERS = 2**22
 class StoredRows(nn.Module):
     """Weighted sum of stored rows; (ids_BL, weights_BL) -> out_BD."""
 
+    def keep(self, table: RowTable, numbers: int, store: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
+        """Has as buffers what ``store`` makes of a table's float32 rows, a row of each for every row.
+
+        ``numbers`` is how many a row makes on its way: so many rows are stored at a time that these stay few.
+        """
+        weight_RD = table.weight
+        assert weight_RD is not None, "rows that a stack has taken are not stored"
+        first = 0
+        for part in torch.split(weight_RD.detach(), max(1, _PART_NUMBERS // numbers)):
+            for name, values in store(part.float()).items():
+                # Made once, for many small results between large ones keep an allocator from using their places again.
+                if first == 0:
+                    self.register_buffer(name, values.new_empty(len(weight_RD), *values.shape[1:]))
+                self.get_buffer(name)[first : first + len(part)] = values
+            first += len(part)
+
     def read(self, ids_N: Tensor) -> Tensor:
         """Rows float32 [N, D]."""
         raise NotImplementedError
@@ -21,20 +39,6 @@ class StoredRows(nn.Module):
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         rows_ND = self.read(ids_BL.reshape(-1))
         return (rows_ND * weights_BL.reshape(-1, 1)).view(*ids_BL.shape, -1).sum(1)
-
-
-def in_parts(weight_RD: Tensor, numbers: int, store: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-    """What ``store`` makes of a table's float32 rows, each [R, ...], where a row takes so many numbers on its way."""
-    whole: list[Tensor] = []
-    first = 0
-    for part in torch.split(weight_RD.detach(), max(1, _PART_NUMBERS // numbers)):
-        made = store(part.float())
-        # Made once, for many small results between large ones keep an allocator from using their places again.
-        whole = whole or [t.new_empty(len(weight_RD), *t.shape[1:]) for t in made]
-        for array, values in zip(whole, made, strict=True):
-            array[first : first + len(part)] = values
-        first += len(part)
-    return whole
 
 
 def pack(codes_NK: Tensor, bits: int) -> Tensor:
