@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.devices import RowAccess
-from dlrm_xla.rows import one_hot
+from dlrm_xla.one_hot import one_hot
 
 # By the compiler's figures on v5e, 32,767 rows of 8: a product is faster by some 50 us of 2,048 ids, whose gather and
 # scatter lay the codebook out anew, and slower by 670 of 32,768. Of 4,900 rows it is the faster of either.

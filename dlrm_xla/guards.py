@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,3 +133,8 @@ def version_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[st
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
     ]
+
+
+def warn(line: str) -> None:
+    """A line that must not be missed."""
+    print(f"*** {line}", file=sys.stderr)

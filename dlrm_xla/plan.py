@@ -16,9 +16,10 @@ from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import RowAccess
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.registry import Layer, compose, parse
+from dlrm_xla.row_lines import Placement, lines_of
 from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.row_rules import RULES
-from dlrm_xla.rows import Placement, RowTable, lines_of
+from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sizing import Budget, fit, smallest_layers
 from dlrm_xla.tpu import row_bytes, storage_bytes

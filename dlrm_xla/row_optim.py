@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.lookup import Lookup
+from dlrm_xla.one_hot import matmul_parts, one_hot
+from dlrm_xla.row_files import RowFiles
 from dlrm_xla.row_rules import RULES, Lines, RowSettings
-from dlrm_xla.rows import Lookup, RowFiles, RowStack, matmul_parts, one_hot
+from dlrm_xla.rows import RowStack
 
 # A whole near array is updated where a step looks up more than one id to so many lines: sorting ids and writing single
 # states take some 24 ns an id, a pass over all rows some 2.5 ns a line, by the compiler's figures and the model on v5e.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dlrm_xla.config import RowOptimizerName
 from dlrm_xla.devices import Device
-from dlrm_xla.rows import matmul_parts
+from dlrm_xla.one_hot import matmul_parts
 
 StateName = Literal["fp32", "bf16"]
 

@@ -20,9 +20,11 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.ranks import ALONE, Ranks
+from dlrm_xla.row_files import RowFiles
+from dlrm_xla.row_lines import Placement, lines_of, rows_of, write_rows
 from dlrm_xla.row_optim import DTYPES, StackOptimizer
 from dlrm_xla.row_rules import RowSettings
-from dlrm_xla.rows import Placement, RowFiles, RowStack, RowTable, lines_of, rows_of, write_rows
+from dlrm_xla.rows import RowStack, RowTable
 from dlrm_xla.tensor_file import Section, TensorFile, write
 
 # A TPU's compiler streams arrays of fewer lines to an id: seen at 5 and not at 10 (docs/scale.md).

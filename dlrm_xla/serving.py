@@ -19,8 +19,9 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.plan import TablePlan
 from dlrm_xla.registry import compose, parse
+from dlrm_xla.row_files import LEAST_FILE_BYTES
 from dlrm_xla.row_optim import DTYPES
-from dlrm_xla.rows import LEAST_FILE_BYTES, RowTable
+from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.tensor_file import TensorFile
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import Device
 from dlrm_xla.guards import FiniteWatch
+from dlrm_xla.lookup import pool
 from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import Ranks
 from dlrm_xla.row_rules import RULES, Lines, RowSettings
-from dlrm_xla.rows import Home, RowTable, initial_rows, pool
+from dlrm_xla.rows import Home, RowTable, initial_rows
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.sharded_file import fill, write_shards
 from dlrm_xla.tensor_file import TensorFile

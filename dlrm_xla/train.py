@@ -31,9 +31,9 @@ from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.progress import Progress
 from dlrm_xla.ranks import ALONE, Ranks
+from dlrm_xla.row_files import RowFiles
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore, placement_rule
-from dlrm_xla.rows import RowFiles
 from dlrm_xla.torchrec_plan import Shards
 from dlrm_xla.torchrec_rows import TorchrecRows
 

@@ -22,9 +22,10 @@ from dlrm_xla.devices import Device
 from dlrm_xla.model import DLRM, mlp
 from dlrm_xla.plan import bytes_kept, plan
 from dlrm_xla.registry import parse
+from dlrm_xla.row_lines import Placement
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
-from dlrm_xla.rows import Placement, RowTable
+from dlrm_xla.rows import RowTable
 from dlrm_xla.sizing import Budget
 from dlrm_xla.train import Steps
 

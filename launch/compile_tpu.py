@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import tpu_compare
-from run import INTERRUPTED, add_settings
+from run import INTERRUPTED
+from run_flags import add_settings
 from tpu_chips import Tracers, scaling
 from tpu_steps import compile_step, step_report
 

@@ -26,18 +26,24 @@ from typing import Any
 
 import convert
 import numpy as np
-import run as launcher
 import torch
 from dlrm_xla_data.fingerprint import describe_data
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset
+from run import INTERRUPTED, run
+from run_data import open_data
+from run_flags import add_settings
+from run_plan import Plan, make_plan, make_tables
+from run_report import make_report
 from torch import Tensor
 
 from dlrm_xla import checkpoint, registry, serving
+from dlrm_xla import plan as planning
 from dlrm_xla.compression import TableError, check_rows, check_takes_tables, set_table, table_error
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.guards import warn
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import DTYPES
@@ -86,7 +92,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weigh", choices=["lookups", "alike"], default="lookups", help="how rows count (default lookups)"
     )
-    launcher.add_settings(parser, SETTINGS, _unless_given)
+    add_settings(parser, SETTINGS, _unless_given)
     return parser
 
 
@@ -122,11 +128,11 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     device = open_device(config.device)
     print(f"device: {device.description}")
     if device.loud:
-        launcher.warn(device.loud)
-    dataset, best_auc = launcher.open_data(config)
+        warn(device.loud)
+    dataset, best_auc = open_data(config)
     _check_data(about, config, dataset)
-    plan = launcher.make_plan(config, device, device.rows, dataset)
-    print(launcher.planning.text(plan.bags))
+    plan = make_plan(config, device, device.rows, dataset)
+    print(planning.text(plan.bags))
     print(plan.ratio())
     if all(p.plugin == registry.EXACT for p in plan.bags):
         raise UserError(
@@ -134,10 +140,10 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
             "a lower --min-rows."
         )
     for make, table, planned in zip(plan.make_bags, plan.tables, plan.bags, strict=True):
-        check_takes_tables(launcher.planning.on_meta(make, table), planned.plugin)
-    launcher.check_memory(plan)
+        check_takes_tables(planning.on_meta(make, table), planned.plugin)
+    plan.check_memory()
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
-    watch = GraphWatch(device, launcher.warn)
+    watch = GraphWatch(device, warn)
 
     with opened(path) as file:
         for table, trained in zip(plan.tables, _trained(file, plan), strict=True):
@@ -145,7 +151,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
         # Nothing is trained, so rows have no state.
         plain = dataclasses.replace(config, row_optimizer="sgd")
         scored = Steps(serving.build_mapped(about["model"], file, device), dataset.bag_lengths, device, plain)
-        before = _scores(scored, loader, GraphWatch(device, launcher.warn))
+        before = _scores(scored, loader, GraphWatch(device, warn))
         del scored
         described = serving.describe(config, plan.bags, *dataset.shape)
         model = serving.build(described, DTYPES[config.row_precision])
@@ -156,7 +162,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     after = _scores(steps, loader, watch)
     base = base_rate_metrics(loader.labels("test").numpy(), dataset.click_rate("train"))
     outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
-    report = launcher.make_report(config, plan, steps, watch, outcome, after["test"], base, best_auc)
+    report = make_report(config, plan, steps, watch, outcome, after["test"], base, best_auc)
     report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after, "compression": tables}
     about = {"config": dataclasses.asdict(config), "model": described, "data": describe_data(dataset)}
     _write_run(RunFolder(config, origins, resumed=out), steps, outcome, about, report)
@@ -165,7 +171,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     if not fine_tune:
         return 0
     del steps, model
-    code = launcher.run(config, origins, out)
+    code = run(config, origins, out)
     tuned = json.loads((out / "report.json").read_text())
     print(
         f"test AUC            {before['test']['auc']:.4f} -> {after['test']['auc']:.4f} compressed "
@@ -234,11 +240,9 @@ def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int
 
 def _check_data(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:
     known = about.get("data")
-    serving.check_tables(about["model"], [t.num_rows for t in launcher.make_tables(config, dataset)])
+    serving.check_tables(about["model"], [t.num_rows for t in make_tables(config, dataset)])
     if known is None:
-        launcher.warn(
-            "the checkpoint does not know its training rows: whether these ids mean the same cannot be checked"
-        )
+        warn("the checkpoint does not know its training rows: whether these ids mean the same cannot be checked")
     elif describe_data(dataset)["vocabulary"] != known["vocabulary"]:
         raise UserError(
             "the data has other ids than the checkpoint was trained on, so its rows would mean something else. Give "
@@ -262,7 +266,7 @@ def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _trained(file: TensorFile, plan: launcher.Plan) -> list[TrainedRows]:
+def _trained(file: TensorFile, plan: Plan) -> list[TrainedRows]:
     return [
         TrainedRows(partial(file.rows, f"model.bags.{k}.weight"), table.num_rows, table.dim)
         for k, table in enumerate(plan.tables)
@@ -272,7 +276,7 @@ def _trained(file: TensorFile, plan: launcher.Plan) -> list[TrainedRows]:
 def _compress_tables(
     file: TensorFile,
     model: DLRM,
-    plan: launcher.Plan,
+    plan: Plan,
     dataset: PreparedDataset,
     config: Config,
     weigh: str,
@@ -351,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last table that it finished", file=sys.stderr)
-        return launcher.INTERRUPTED
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

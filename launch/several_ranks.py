@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dlrm_xla_data.fingerprint import data_changed
+from run_plan import Plan
 
 from dlrm_xla.config import Config
-from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.devices import Device, job_of_hosts
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import on_meta
@@ -93,30 +93,22 @@ def check_shared(path: Path, ranks: Ranks) -> None:
         )
 
 
-def share_out(
-    config: Config,
-    tables: Sequence[Table],
-    make_bags: Sequence[MakeBag],
-    bag_lengths: Sequence[int],
-    device: Device,
-    memory: float,
-    ranks: Ranks,
-) -> Shards:
+def share_out(config: Config, plan: Plan, device: Device, ranks: Ranks) -> Shards:
     """The ranks' shares of all exact tables in a model; the first plans for all."""
 
-    def plan() -> Shards:
+    def shards() -> Shards:
         exact, lengths = [], []
-        for table, make, length in zip(tables, make_bags, bag_lengths, strict=True):
+        for table, make, length in zip(plan.tables, plan.make_bags, plan.lengths, strict=True):
             inside = [m.table for m in on_meta(make, table).modules() if isinstance(m, RowTable)]
             exact += inside
             lengths += [length] * len(inside)
-        known = {t.name for t in exact} | {t.name for t in tables}
+        known = {t.name for t in exact} | {t.name for t in plan.tables}
         if unknown := set(config.sharding) - known:
             raise UserError(f"sharding names a table {min(unknown)!r}; {choices(min(unknown), known)}")
         kind, settings = device.torch_device.type, row_settings(config)
-        return make_shards(exact, lengths, config.batch_size, ranks.size, kind, memory, settings, config.sharding)
+        return make_shards(exact, lengths, config.batch_size, ranks.size, kind, plan.memory, settings, config.sharding)
 
-    return ranks.from_first(plan)
+    return ranks.from_first(shards)
 
 
 def folder_to_go_on_in(config: Config, resumed: Path | None, ranks: Ranks) -> Path | None:

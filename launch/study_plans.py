@@ -90,8 +90,9 @@ def _plan_bench(cell: Cell) -> dict[str, Any]:
 
 
 def _plan_run(cell: Cell) -> dict[str, Any]:
-    import run
     from dlrm_xla_data.synthetic import day_split
+    from run_data import open_data
+    from run_plan import make_plan
 
     from dlrm_xla.config import resolve
     from dlrm_xla.devices import open_device
@@ -99,9 +100,9 @@ def _plan_run(cell: Cell) -> dict[str, Any]:
     settings = {k: os.path.expandvars(v) if isinstance(v, str) else v for k, v in cell.settings.items()}
     config = resolve(settings, None)[0]
     device = open_device(config.device)
-    dataset = run.open_data(config)[0] if config.data else None
-    made = run.make_plan(config, device, device.rows, dataset)
-    run.check_memory(made)
+    dataset = open_data(config)[0] if config.data else None
+    made = make_plan(config, device, device.rows, dataset)
+    made.check_memory()
     rows = dataset.splits["train"] if dataset else day_split(config.synthetic_rows)["train"]
     held = sum(array.nbytes for array in (dataset.dense, dataset.labels)) * 4 if dataset else 0
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import make_plan
+from run_plan import make_plan
 from torch import Tensor, nn
 
 from dlrm_xla import hlo, step_cost

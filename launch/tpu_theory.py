@@ -194,8 +194,9 @@ def families() -> dict[str, Any]:
     from dlrm_xla.codebooks import most_rows, multiply_codebooks
     from dlrm_xla.contract import Table
     from dlrm_xla.devices import open_device
+    from dlrm_xla.lookup import pool
     from dlrm_xla.registry import compose, parse
-    from dlrm_xla.rows import lines_of, pool
+    from dlrm_xla.row_lines import lines_of
 
     device = open_device("xla")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,25 @@ from typing import Any
 import numpy as np
 from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_by_sketch
 from dlrm_xla_data.loader import Loader
-from dlrm_xla_data.prepared import PreparedDataset
+from run_data import open_data
 
 from dlrm_xla import checkpoint, serving
-from dlrm_xla.config import Config, resolve
+from dlrm_xla.config import resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import export
+from dlrm_xla.guards import warn
 from dlrm_xla.metrics import base_rate_metrics, check_scores, click_metrics
 from dlrm_xla.predictions import write_predictions
 from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.train import GraphWatch, Steps, predict
 
-Warn = Callable[[str], None]
 # Flags that leave the model as it is.
 _FOR_SCORES = {"out", "device", "data", "data_cache", "batch_size", "precision", "seed", "min_count", "synthetic_rows"}
 _FOR_PROGRAMS = {"out", "batch_size"}
 
 
-def evaluate(
-    path: Path,
-    given: dict[str, Any],
-    split: str,
-    open_data: Callable[[Config], tuple[PreparedDataset, float | None]],
-    warn: Warn,
-) -> int:
+def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     """Scores a split of a dataset by a checkpoint, writes predictions as Parquet, prints the metrics.
 
     Settings are those of the checkpoint but for ``given``. A UserError where the data's ids mean something else.

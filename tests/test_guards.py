@@ -156,7 +156,7 @@ def _config(tmp_path, text):
 def test_labels_that_are_all_the_same_are_refused(tmp_path, capsys, monkeypatch):
     dataset, best = synthesize(1400, [30, 40])
     dataset = dataclasses.replace(dataset, labels=np.zeros_like(dataset.labels))
-    monkeypatch.setattr(launcher, "synthesize", lambda *args: (dataset, best))
+    monkeypatch.setattr("run_data.synthesize", lambda *args: (dataset, best))
     assert launcher.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
     assert "all 1,200 labels of the train rows are 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -171,7 +171,7 @@ def test_test_rows_that_were_trained_on_are_told(tmp_path, capsys, monkeypatch):
     assert seen_in_training(dataset, "test") == ""
     assert "50% of the test rows" in seen_in_training(leaky, "test")
     assert "50% of the test rows" in seen_by_sketch(leaky, "test", describe_data(dataset))
-    monkeypatch.setattr(launcher, "synthesize", lambda *args: (leaky, best))
+    monkeypatch.setattr("run_data.synthesize", lambda *args: (leaky, best))
     assert launcher.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
     assert "50% of the test rows occur in the training rows" in capsys.readouterr().err
     assert any(

@@ -15,10 +15,13 @@ from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.lookup import Lookup
+from dlrm_xla.row_files import RowFiles
+from dlrm_xla.row_lines import rows_of, write_rows
 from dlrm_xla.row_optim import combine_duplicates, combine_lookups, round_stochastically
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
-from dlrm_xla.rows import Lookup, RowFiles, RowTable, rows_of, write_rows
+from dlrm_xla.rows import RowTable
 
 ROWS, DIM, BATCH = (50, 7, 31), 6, 16
 LENGTHS = (4, 1, 2)

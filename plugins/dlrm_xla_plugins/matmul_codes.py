@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.ids import divide_ids
-from dlrm_xla.rows import one_hot
+from dlrm_xla.one_hot import one_hot
 from dlrm_xla_plugins.tensor_factors import unit_factor
 from dlrm_xla_plugins.tensor_train import row_radices
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlrm_xla.rows import one_hot
+from dlrm_xla.one_hot import one_hot
 from dlrm_xla_plugins.grouped_trains import BLOCK, Groups, group
 
 # Numbers for each lookup from which on lookups in groups take less time: by the compiler's figures for 2,048 lookups on
