@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlrm_xla.host import on_host
+
 OPTIMIZERS = ("sgd", "adagrad")
 
 
@@ -54,7 +56,7 @@ class FbgemmRows:
     @staticmethod
     def takes(rows: Tensor, optimizer: str, weight_decay: float) -> bool:
         """Whether it has kernels for this: float32 on the CPU, widths in fours, SGD or Adagrad by row, no decay."""
-        plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.shape[1] % 4 == 0
+        plain = rows.dtype == torch.float32 and on_host(rows) and rows.shape[1] % 4 == 0
         return plain and optimizer in OPTIMIZERS and not weight_decay
 
     def look_up(self, ids_N: Tensor, ends_G: Tensor) -> Tensor:

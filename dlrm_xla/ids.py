@@ -28,8 +28,3 @@ def filled(lines_NV: Tensor, array: Tensor) -> Tensor:
 def places(place_N: Tensor, pack: int) -> Tensor:
     """Which of the ``pack`` places of its line each row has, bool [N, pack]."""
     return place_N.unsqueeze(1) == torch.arange(pack, dtype=place_N.dtype, device=place_N.device)
-
-
-def has_values(ids: Tensor) -> bool:
-    """Whether sizes may depend on these ids: on the CPU, and neither traced nor without data."""
-    return ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()

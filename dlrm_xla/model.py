@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.host import chosen_columns, product_width, widened, without_diagonal
 
-# A CPU multiplies matrices faster whose inner dimension is a multiple of this.
-_CPU_COLUMNS = 16
 InteractionName = Literal["dot", "cat", "dcn"]
 
 
@@ -85,7 +84,7 @@ class DotInteraction(nn.Module):
         self.different = columns > 0
 
     def forward(self, dense_BD: Tensor, bags_BFD: Tensor) -> Tensor:
-        padded = self.out_width + (-self.out_width % _CPU_COLUMNS if dense_BD.device.type == "cpu" else 0)
+        padded = product_width(self.out_width, dense_BD)
         result: Tensor = _DotProducts.apply(dense_BD, bags_BFD, self.pairs, self.columns, self.different, padded)  # type: ignore[no-untyped-call]
         return result
 
@@ -104,7 +103,7 @@ class _DotProducts(torch.autograd.Function):
     ) -> Tensor:
         vectors_BVD = torch.cat([dense_BD.unsqueeze(1), bags_BFD], dim=1)
         ctx.save_for_backward(vectors_BVD, columns, different)
-        pairs_BP = _columns(torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1), pairs)
+        pairs_BP = chosen_columns(torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1), pairs)
         parts = [dense_BD, pairs_BP]
         if zeros := padded - dense_BD.shape[1] - pairs_BP.shape[1]:
             parts.append(pairs_BP.new_zeros(pairs_BP.shape[0], zeros))
@@ -114,21 +113,10 @@ class _DotProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         vectors_BVD, columns, different = ctx.saved_tensors
         dim = vectors_BVD.shape[2]
-        square_BVV = _columns(grads[0], columns).view(vectors_BVD.shape[0], vectors_BVD.shape[1], -1)
-        if square_BVV.device.type == "cpu":
-            square_BVV.diagonal(dim1=1, dim2=2).zero_()
-        else:  # which XLA does within what reads it
-            square_BVV = torch.where(different, square_BVV, 0)
+        square_BVV = chosen_columns(grads[0], columns).view(vectors_BVD.shape[0], vectors_BVD.shape[1], -1)
+        square_BVV = without_diagonal(square_BVV, different)
         grads_BVD = torch.bmm(square_BVV, vectors_BVD.to(square_BVV.dtype))
         return grads[0][:, :dim] + grads_BVD[:, 0], grads_BVD[:, 1:], None, None, None, None
-
-
-def _columns(x_BN: Tensor, columns_K: Tensor) -> Tensor:
-    """Some columns of a matrix, [B, K]."""
-    if x_BN.device.type != "cpu":
-        return x_BN.index_select(1, columns_K)
-    # Row by row; index_select goes column by column, each of which meets every cache line of the rows again.
-    return x_BN.gather(1, columns_K.long().expand(x_BN.shape[0], -1))
 
 
 class CatInteraction(nn.Module):
@@ -222,9 +210,6 @@ class DLRM(nn.Module):
             self.interaction.take_order(self.bags.order)
 
     def forward(self, dense_BI: Tensor, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        if dense_BI.device.type == "cpu":
-            # 512 x 2048 by 2048 x 13 takes 0.62 ms there, by 2048 x 16 half of it.
-            dense_BI = nn.functional.pad(dense_BI, (0, -dense_BI.shape[1] % _CPU_COLUMNS))
-        dense_BD = self.bottom(dense_BI)
+        dense_BD = self.bottom(widened(dense_BI))
         logits_B1: Tensor = self.top(self.interaction(dense_BD, self.bags(ids, weights)))
         return logits_B1.squeeze(1)

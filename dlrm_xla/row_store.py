@@ -19,6 +19,7 @@ from dlrm_xla.devices import Device, RowAccess
 from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
+from dlrm_xla.host import on_host
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_files import RowFiles
 from dlrm_xla.row_lines import Placement, lines_of, rows_of, write_rows
@@ -221,7 +222,7 @@ class RowStore:
     @torch.no_grad()
     def _load(self, stack: RowStack, array: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
         # Not read from the device, which may have no room for it whole.
-        host = array if array.device.type == "cpu" else torch.zeros(array.shape, dtype=array.dtype)
+        host = array if on_host(array) else torch.zeros(array.shape, dtype=array.dtype)
         width = 1 if array.dim() == 1 else stack.dim
         lines = host.view(-1, 1) if array.dim() == 1 else host
         for name, table, base in zip(names, stack.tables, stack.bases, strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import Device, RowAccess
 from dlrm_xla.fbgemm_rows import FbgemmRows
+from dlrm_xla.host import on_host
 from dlrm_xla.lookup import Lookup, bag_ends, bag_starts, pool
 from dlrm_xla.one_hot import one_hot_product
 from dlrm_xla.row_files import RowFiles
@@ -208,8 +209,7 @@ class RowStack(nn.Module):
 
     def tables_on_host(self) -> Iterator[Tensor]:
         """Each table's rows [R, D], on the CPU."""
-        here = self.rows.device.type == "cpu"
-        array = self.rows if here else torch.cat(list(self.device.host_parts(self.rows)))
+        array = self.rows if on_host(self.rows) else torch.cat(list(self.device.host_parts(self.rows)))
         for table, base in zip(self.tables, self.bases, strict=True):
             first, end = base // self.pack, -(-(base + table.num_rows) // self.pack)
             yield rows_of(array[first:end], self.dim)[base - first * self.pack :][: table.num_rows]

@@ -109,8 +109,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
 
     fingerprint = check_data(dataset, start[1] if start else None, noted)
     several_ranks.check_data(fingerprint, ranks)
-    pinned = config.device == "cuda"
-    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=pinned)
+    loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=device.pinned)
     plan = make_plan(config, device, device.rows, dataset, ranks)
     print(planning.text(plan.bags))
     print(plan.ratio())

@@ -35,7 +35,7 @@ def test_imports_point_one_way(package):
     files = list(FOLDERS[package].rglob("*.py"))
     assert files
     for file in files:
-        ours = imported(file) & {*FOLDERS, "launch", "run"}
+        ours = imported(file) & {*FOLDERS, "launch", *(script.stem for script in (ROOT / "launch").glob("*.py"))}
         assert ours <= MAY_IMPORT[package], f"{file.name} imports {ours - MAY_IMPORT[package]}"
 
 
@@ -43,6 +43,29 @@ def test_only_the_device_layer_imports_torch_xla():
     for folder in FOLDERS.values():
         for file in folder.rglob("*.py"):
             assert "torch_xla" not in imported(file) or file.name == "devices.py" or file.name.startswith("xla_"), file
+
+
+def compared_to_a_device(file: Path) -> list[int]:
+    """Lines that compare a device's type or name with a text; "meta", where there are no values, may be."""
+    lines = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute):
+            of_device = node.left.attr in ("type", "name") and "device" in ast.unparse(node.left.value)
+            texts = [c.value for c in node.comparators if isinstance(c, ast.Constant)]
+            if (of_device and texts and texts != ["meta"]) or node.left.attr in ("is_cuda", "is_cpu", "is_xla"):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_only_the_device_layer_asks_which_device_it_is():
+    asking = {
+        f"{file.name}:{line}"
+        for folder in FOLDERS.values()
+        for file in folder.rglob("*.py")
+        if not file.name.startswith("xla_")
+        for line in compared_to_a_device(file)
+    }
+    assert {place.split(":")[0] for place in asking} == {"host.py"}, asking
 
 
 def test_core_imports_with_torch_alone():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
 from dlrm_xla.errors import UserError
-from dlrm_xla.ids import divide_ids, has_values
+from dlrm_xla.host import has_values
+from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.tensor_train import column_radices, first_digit_scales, row_radices
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
-from dlrm_xla.ids import divide_ids, has_values
+from dlrm_xla.host import has_values
+from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
