@@ -29,7 +29,7 @@ setup: .venv/.installed
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dlrm_xla needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -e '.[$(EXTRAS)]'
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --compile-bytecode -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:

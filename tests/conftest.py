@@ -1,3 +1,4 @@
+import gc
 import importlib
 import importlib.util
 import os
@@ -25,6 +26,12 @@ SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
 needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device was found")
 EVERY_DEVICE = ["cpu", pytest.param("xla", marks=needs_xla), pytest.param("cuda", marks=needs_cuda)]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: not looked through at each recorded step, which looks for tensors everywhere."""
+    gc.collect()
+    gc.freeze()
 
 
 def cuda_rows() -> ModuleType:
