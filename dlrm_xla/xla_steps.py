@@ -260,7 +260,7 @@ def _live_tensors() -> list[Tensor]:
     return sorted(live, key=_XLAC._xla_get_tensor_id)  # gc's order changes
 
 
-def _kinds_of(kind: type) -> Iterator[type]:
+def _kinds_of(kind: type[Tensor]) -> Iterator[type[Tensor]]:
     yield kind
     for narrower in kind.__subclasses__():
         yield from _kinds_of(narrower)
