@@ -135,6 +135,14 @@ def version_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[st
     ]
 
 
+def announce(device: Device, precision: str) -> None:
+    """Prints what a command computes on, and what must not be missed about it."""
+    print(f"device: {device.description}")
+    for line in (device.loud, device.slow_bf16 if precision == "bf16" else ""):
+        if line:
+            print(f"*** {line}")
+
+
 def warn(line: str) -> None:
     """A line that must not be missed."""
     print(f"*** {line}", file=sys.stderr)

@@ -155,7 +155,8 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
             makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
         if case.what == "step":
-            makers[f"{OURS} bf16"] = lambda: arms.ours(case, "sparse", precision="bf16")
+            if not case.device.slow_bf16:
+                makers[f"{OURS} bf16"] = lambda: arms.ours(case, "sparse", precision="bf16")
             if case.device.optional_graphs:
                 makers[f"{OURS} without a graph"] = lambda: arms.ours(case, "sparse", cuda_graphs="off")
         others = {
@@ -331,11 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for device in devices.values():
             if device.loud:
                 print(f"*** {device.loud}")
+            if "step" in given.what and device.slow_bf16:
+                print(f"*** steps in bf16 are not measured on {device.name}, which has no fast products in it")
         copies = {name: copy_bandwidth(device) for name, device in devices.items()}
         for name, copy in copies.items():
             print(f"{name}: {devices[name].description}, copies at {copy:.1f} GB/s")
         rows: list[dict[str, Any]] = []
-        for case, title in tqdm(cases(given, devices), desc="cases", file=sys.stderr):
+        for case, title in tqdm(cases(given, devices), desc="cases", file=sys.stderr, disable=None):
             new = rows_of(case, title, given, copies[case.device.name])
             rows += new
             for row in new:

@@ -43,7 +43,7 @@ from dlrm_xla.compression import TableError, check_rows, check_takes_tables, set
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
-from dlrm_xla.guards import warn
+from dlrm_xla.guards import announce, warn
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import DTYPES
@@ -126,9 +126,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     _check_source(path, about)
     config, origins = _settings(about, given, fine_tune)
     device = open_device(config.device)
-    print(f"device: {device.description}")
-    if device.loud:
-        warn(device.loud)
+    announce(device, config.precision)
     dataset, best_auc = open_data(config)
     _check_data(about, config, dataset)
     plan = make_plan(config, device, device.rows, dataset)

@@ -64,7 +64,7 @@ def table(spectrum: str, rows: int, dim: int, file: Path | None) -> TrainedRows:
     if file is None:
         return TrainedRows.of(torch.cat([block_of(spectrum, dim, s, min(BLOCK_ROWS, rows - s)) for s in starts]))
     with file.open("wb") as out:
-        for start in tqdm(starts, desc=f"writing {file}", unit="block", file=sys.stderr):
+        for start in tqdm(starts, desc=f"writing {file}", unit="block", file=sys.stderr, disable=None):
             block_of(spectrum, dim, start, min(BLOCK_ROWS, rows - start)).numpy().tofile(out)
 
     def read(start: int, stop: int) -> Tensor:
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for spectrum, make in tqdm(cases, unit="table", file=sys.stderr):
+    for spectrum, make in tqdm(cases, unit="table", file=sys.stderr, disable=None):
         made = make()
         for row in measure(spectrum, made, given.rank or made.dim // 8, given.repeat, device):
             print(

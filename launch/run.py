@@ -94,9 +94,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         ranks.from_first(lambda: check_out(config.out))
     torch.manual_seed(config.seed)
     device = open_device(config.device, hosts=True)
-    print(f"device: {device.description}")
-    if device.loud:
-        print(f"*** {device.loud}")
+    guards.announce(device, config.precision)
     if not config.data and ranks.part[1] == 1:  # refused now rather than after minutes of drawing rows
         make_plan(config, device, device.rows, None).check_memory()
     dataset, best_auc = ranks.in_turn(lambda: open_data(config)) if config.data else open_data(config)

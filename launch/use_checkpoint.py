@@ -17,7 +17,7 @@ from dlrm_xla.config import resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import export
-from dlrm_xla.guards import warn
+from dlrm_xla.guards import announce, warn
 from dlrm_xla.metrics import base_rate_metrics, check_scores, click_metrics
 from dlrm_xla.predictions import write_predictions
 from dlrm_xla.row_optim import DTYPES
@@ -44,9 +44,7 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     saved = {k: v for k, v in about["config"].items() if k not in ("out", "row_files")}
     config, _ = resolve({**saved, **given}, None)
     device = open_device(config.device)
-    print(f"device: {device.description}")
-    if device.loud:
-        warn(device.loud)
+    announce(device, config.precision)
     dataset, _ = open_data(config)
     if split not in dataset.splits:
         raise UserError(f"there is no split {split!r}; the data has: {', '.join(dataset.splits)}")

@@ -13,7 +13,7 @@ from dlrm_xla_data.synthetic import synthesize
 from dlrm_xla import registry
 from dlrm_xla.devices import Counters, open_device
 from dlrm_xla.errors import UserError
-from dlrm_xla.guards import doubts
+from dlrm_xla.guards import announce, doubts
 from dlrm_xla.metrics import click_metrics
 from dlrm_xla.train import GraphWatch, Steps
 
@@ -190,3 +190,14 @@ def test_a_fingerprint_tells_other_rows_and_other_ids():
     assert "ids that mean something else" in data_changed(
         known, describe_data(dataclasses.replace(dataset, counts=other))
     )
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_bf16_that_is_slow_on_a_cpu_is_told(slow, capsys, monkeypatch):
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: not slow)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: not slow)
+    device = open_device("cpu")
+    announce(device, "fp32")
+    assert "BF16" not in capsys.readouterr().out
+    announce(device, "bf16")
+    assert ("*** THIS CPU HAS NO FAST PRODUCTS IN BF16" in capsys.readouterr().out) == slow
