@@ -1,7 +1,8 @@
 # make demo   trains on XLA with tensorly_tt and ends with a table of results
-# make test   lint, types and every test
+# make test   lint, types and every test: the quick ones in WORKERS processes, then the slow ones one by one
 # Both set up .venv at the root first; PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 EXTRAS := xla,tensorly,distributed,tpu-compiler,studies,dev
 
@@ -11,7 +12,8 @@ demo: .venv/.installed
 	$(BIN)/python launch/run.py --device xla --plugin tensorly_tt
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
