@@ -1,4 +1,4 @@
-"""Devices: with host.py all that knows that there are several; with the files xla_*.py all that imports torch_xla.
+"""Devices: with host.py all of the core that asks which it is; with the files xla_*.py all that imports torch_xla.
 
 A new backend is one new function here and one line in `_OPENERS`.
 """
@@ -292,11 +292,13 @@ def _cpu() -> Device:
 
 
 def _slow_bf16() -> str:
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # type: ignore[no-untyped-call]
+    # Not a public operation, so it may be gone one day; a hint is not worth a failure.
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    if torch.backends.mkldnn.is_available() and supported():  # type: ignore[no-untyped-call]
         return ""
     return (
         "THIS CPU HAS NO FAST PRODUCTS IN BF16: --precision bf16 makes a step many times slower here (1,434 ms instead "
-        "of 60 on an AMD EPYC without AVX-512). Leave it out on this machine."
+        "of 60 on an AMD EPYC without AVX-512). Give --precision fp32 on this machine."
     )
 
 

@@ -1,4 +1,4 @@
-"""What is done otherwise where a tensor is in the host's memory: for modules that run without a `Device`."""
+"""What is done otherwise where a tensor is in the host's memory, told by the tensor, for modules without a `Device`."""
 
 from __future__ import annotations
 

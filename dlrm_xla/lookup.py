@@ -113,6 +113,7 @@ def bag_starts(batch: int, lengths: tuple[int, ...], device: torch.device) -> Te
 
 @functools.cache
 def bag_ends(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each bag starts and, behind them, where the last one ends, int32 [B F + 1]."""
     slots = torch.tensor([batch * sum(lengths)], dtype=torch.int32, device=device)
     return torch.cat([bag_starts(batch, lengths, device), slots])
 

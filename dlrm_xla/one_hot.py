@@ -1,4 +1,4 @@
-"""Rows by products with one-hot ids, exact on every device's matrix unit."""
+"""Ids as one-hot rows, and products with them that lose nothing on any device's matrix unit."""
 
 from __future__ import annotations
 

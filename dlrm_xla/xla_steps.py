@@ -104,6 +104,7 @@ class RecordedStep:
         return outputs[0] if self._single else tuple(outputs) or None
 
     def _record(self, args: Sequence[Any], tensors: list[Tensor], rate: float | None) -> None:
+        gc.collect()  # steps that are done with are cycles, and their arrays would be traced along
         rates = ({}, {}) if rate is None else ({"rate": _OTHER_RATE}, {"rate": _RATE})
         probe = self.trace(args, tensors, rates[0])
         for tensor in probe.written:
@@ -255,8 +256,10 @@ def _take_over(tensor: Tensor, other: Tensor) -> None:
 
 def _live_tensors() -> list[Tensor]:
     # Whatever a step wrote, some Python object has it; to ask each module and optimizer would be to forget one.
-    kinds = set(_kinds_of(Tensor))  # each object's own type in a set is a third of the time of issubclass
-    live = [t for t in gc.get_objects() if type(t) in kinds and t.device.type == "xla"]
+    # A program that calls gc.freeze hides what it has, so it must not have tensors of the device yet. A look for each
+    # object's type in a set takes a third of the time of issubclass; by number, for a type need not have a hash.
+    kinds = {id(kind) for kind in _kinds_of(Tensor)}
+    live = [t for t in gc.get_objects() if id(type(t)) in kinds and t.device.type == "xla"]
     return sorted(live, key=_XLAC._xla_get_tensor_id)  # gc's order changes
 
 

@@ -42,6 +42,7 @@ from dlrm_xla.config import PLACEMENTS
 from dlrm_xla.contract import MAX_ROWS
 from dlrm_xla.devices import Device, open_device, open_xla_first
 from dlrm_xla.errors import UserError
+from dlrm_xla.guards import announce
 from dlrm_xla.presets import KAGGLE_ROWS
 from dlrm_xla.registry import EXACT, installed, parse
 from dlrm_xla.row_rules import RULES
@@ -330,13 +331,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             open_xla_first()
         devices = {name: open_device(name) for name in dict.fromkeys(given.device)}
         for device in devices.values():
-            if device.loud:
-                print(f"*** {device.loud}")
+            announce(device, "fp32")
             if "step" in given.what and device.slow_bf16:
                 print(f"*** steps in bf16 are not measured on {device.name}, which has no fast products in it")
         copies = {name: copy_bandwidth(device) for name, device in devices.items()}
         for name, copy in copies.items():
-            print(f"{name}: {devices[name].description}, copies at {copy:.1f} GB/s")
+            print(f"{name}: copies at {copy:.1f} GB/s")
         rows: list[dict[str, Any]] = []
         for case, title in tqdm(cases(given, devices), desc="cases", file=sys.stderr, disable=None):
             new = rows_of(case, title, given, copies[case.device.name])

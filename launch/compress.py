@@ -54,7 +54,7 @@ from dlrm_xla.trained_rows import TrainedRows
 
 SETTINGS = {
     *("plugin", "ratio", "memory", "min_rows", "device", "data", "data_cache", "out", "min_count", "seed"),
-    *("batch_size", "row_lr", "dense_lr", "plugin_lr", "row_optimizer", "patience", "evals_per_epoch"),
+    *("batch_size", "row_lr", "dense_lr", "plugin_lr", "row_optimizer", "patience", "evals_per_epoch", "precision"),
 }
 # What it works on; gone once the run folder is whole.
 SCRATCH = "compression.unfinished"
@@ -197,10 +197,10 @@ def _write_run(
 
 def _default_out(path: Path, given: Mapping[str, Any]) -> Path:
     """A name that the same command finds again."""
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
+    source = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
     plugin = "".join(c if c.isalnum() or c in "+_=." else "-" for c in given.get("plugin", ""))
     size = f"-{given['ratio']:g}x" if "ratio" in given else ""
-    return run.with_name(f"{run.name}-{plugin}{size}")
+    return source.with_name(f"{source.name}-{plugin}{size}")
 
 
 def _converted(path: Path, scratch: Path) -> Path:

@@ -166,7 +166,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         folder.report(report)
     finally:
         folder.close()
-    print_results(report, base, best_auc, device, folder.path)
+    print_results(report, base, best_auc, folder.path)
     return INTERRUPTED if outcome.interrupted else 0
 
 

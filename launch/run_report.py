@@ -11,7 +11,6 @@ from run_plan import Plan
 
 from dlrm_xla import registry
 from dlrm_xla.config import Config
-from dlrm_xla.devices import Device
 from dlrm_xla.run_folder import commit, versions
 from dlrm_xla.train import GraphWatch, Outcome, Steps
 
@@ -73,9 +72,7 @@ def title(report: dict[str, Any]) -> str:
     return f"{report['plugin']}{tables} on {report['device']}, {report['epochs']:.2f} epochs{interrupted}"
 
 
-def print_results(
-    report: dict[str, Any], base: dict[str, float], best_auc: float | None, device: Device, path: Path
-) -> None:
+def print_results(report: dict[str, Any], base: dict[str, float], best_auc: float | None, path: Path) -> None:
     """The table of results that a run ends with."""
     print(f"\n{title(report)}\n{'test rows':<20}{'model':>12}{'base rate':>12}" + (f"{'best':>12}" if best_auc else ""))
     for name, value in base.items():

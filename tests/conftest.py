@@ -31,6 +31,8 @@ EVERY_DEVICE = ["cpu", pytest.param("xla", marks=needs_xla), pytest.param("cuda"
 def pytest_collection_finish() -> None:
     """What is imported by now stays: not looked through at each recorded step, which looks for tensors everywhere."""
     gc.collect()
+    if HAS_XLA:
+        assert not importlib.import_module("dlrm_xla.xla_steps")._live_tensors(), "frozen, they would be missed"
     gc.freeze()
 
 
