@@ -46,12 +46,13 @@ def test_only_the_device_layer_imports_torch_xla():
 
 
 def compared_to_a_device(file: Path) -> list[int]:
-    """Lines that compare a device's type or name with a text; "meta", where there are no values, may be."""
+    """Lines that compare a device, its type or its name with a text; "meta", where there are no values, may be."""
     lines = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute):
             of_device = node.left.attr in ("type", "name") and "device" in ast.unparse(node.left.value)
             texts = [c.value for c in node.comparators if isinstance(c, ast.Constant)]
+            of_device |= node.left.attr == "device"  # of a configuration
             if (of_device and texts and texts != ["meta"]) or node.left.attr in ("is_cuda", "is_cpu", "is_xla"):
                 lines.append(node.lineno)
     return lines
