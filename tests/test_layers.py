@@ -51,7 +51,7 @@ def compared_to_a_device(file: Path) -> list[int]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute):
             of_device = node.left.attr in ("type", "name") and "device" in ast.unparse(node.left.value)
-            texts = [c.value for c in node.comparators if isinstance(c, ast.Constant)]
+            texts = [c.value for c in node.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)]
             of_device |= node.left.attr == "device"  # of a configuration
             if (of_device and texts and texts != ["meta"]) or node.left.attr in ("is_cuda", "is_cpu", "is_xla"):
                 lines.append(node.lineno)
