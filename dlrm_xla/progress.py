@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -17,9 +18,10 @@ class Progress:
     def __init__(self, num_steps: int, samples_per_step: int, shown: bool = True) -> None:
         self.num_steps = num_steps
         self.samples_per_step = samples_per_step
-        self.done = self.before = 0
+        self.done = self.before = self.told = 0
         self.figures = ""
         self.began = self.last_line = time.monotonic()
+        self.after_first = math.nan
         self.shown = shown
         terminal = shown and sys.stderr.isatty()
         self.bar = (
@@ -36,7 +38,7 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.done and self.shown:
+        elif self.done > self.told and self.shown:
             self._line()
 
     def skip(self, steps: int) -> None:
@@ -49,6 +51,10 @@ class Progress:
     def advance(self) -> None:
         """Counts one step."""
         self.done += 1
+        if self.done == 1:  # which holds what is compiled, and so is no measure of the others
+            self.after_first = time.monotonic()
+            if self.bar is not None:
+                self.bar.unpause()
         if self.bar is not None:
             self.bar.update(self.samples_per_step)
         elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -61,13 +67,13 @@ class Progress:
             self.bar.set_postfix_str(self.figures, refresh=False)
 
     def _line(self) -> None:
-        self.last_line = time.monotonic()
-        seconds = self.last_line - self.began
-        rate = self.done * self.samples_per_step / max(seconds, 1e-9)
+        self.last_line, self.told = time.monotonic(), self.done
         place = self.before + self.done
-        left = tqdm.format_interval((self.num_steps - place) * seconds / self.done)
-        print(
-            f"step {place:,}/{self.num_steps:,}, {rate:,.0f} samples/s, {left} left, {self.figures}",
-            file=sys.stderr,
-            flush=True,
-        )
+        parts = [f"step {place:,}/{self.num_steps:,}"]
+        if self.done == 1:
+            parts.append(f"the first took {self.after_first - self.began:.0f} s")
+        else:
+            seconds = max(self.last_line - self.after_first, 1e-9) / (self.done - 1)
+            left = tqdm.format_interval((self.num_steps - place) * seconds)
+            parts += [f"{self.samples_per_step / seconds:,.0f} samples/s", f"{left} left"]
+        print(", ".join(parts + [self.figures] * bool(self.figures)), file=sys.stderr, flush=True)

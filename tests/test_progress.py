@@ -1,0 +1,20 @@
+"""What a log file is told of a run's progress."""
+
+from dlrm_xla.progress import Progress
+
+
+def test_the_first_step_which_compiles_is_no_measure_of_the_others(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Progress(100, 64) as progress:
+        progress.skip(10)
+        now = 70.0
+        progress.advance()
+        progress.show(loss=0.5)
+        for _ in range(5):
+            now += 2
+            progress.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 11/100, the first took 70 s",
+        "step 16/100, 32 samples/s, 02:48 left, loss 0.5000",
+    ]
