@@ -259,6 +259,24 @@ def test_the_readmes_plugin_keeps_the_contract():
     assert len(rows.unique(dim=0)) == 51
 
 
+@pytest.mark.parametrize("device", EVERY_DEVICE)
+def test_the_readmes_own_model_learns_and_leaves_other_rows_alone(device):
+    code = (ROOT / "README.md").read_text().split("# own_model.py")[1].split("```")[0]
+    before, loop = code.replace('open_device("cpu")', f'open_device("{device}")').split("run = device.compile")
+    torch.manual_seed(0)
+    ids_BL = torch.randint(0, 1000, (256, 5), dtype=torch.int32)
+    batch = ids_BL, torch.ones(256, 5), (ids_BL[:, 0] % 2).float()
+    namespace: dict = {"batches": [batch] * 60}
+    exec(before, namespace)
+    start = {name: table.clone() for name, table in namespace["rows"].tables()}
+    exec(f"run = device.compile{loop}", namespace)
+    assert namespace["loss"].item() < 0.3
+    for name, table in namespace["rows"].tables():
+        changed = (table != start[name]).any(1)
+        touched = ids_BL // 4 if "quotient" in name else ids_BL % 4
+        assert torch.equal(changed.nonzero().flatten(), touched.unique()), name
+
+
 def test_metrics_equal_scikit_learn_and_a_constant_is_the_base_rate():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 500).astype(np.float32)
