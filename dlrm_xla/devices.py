@@ -1,4 +1,4 @@
-"""Devices: with host.py all of the core that asks which it is; with the files xla_*.py all that imports torch_xla.
+"""Devices, and with host.py what asks which it is; with the files xla_*.py all that imports torch_xla.
 
 A new backend is one new function here and one line in `_OPENERS`.
 """

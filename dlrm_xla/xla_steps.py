@@ -104,7 +104,6 @@ class RecordedStep:
         return outputs[0] if self._single else tuple(outputs) or None
 
     def _record(self, args: Sequence[Any], tensors: list[Tensor], rate: float | None) -> None:
-        gc.collect()  # steps that are done with are cycles, and their arrays would be traced along
         rates = ({}, {}) if rate is None else ({"rate": _OTHER_RATE}, {"rate": _RATE})
         probe = self.trace(args, tensors, rates[0])
         for tensor in probe.written:
@@ -180,14 +179,9 @@ class RecordedStep:
 
     def _check_new(self, live: list[Tensor], outputs: list[Tensor]) -> None:
         known = {id(t) for t in (*live, *outputs, *(t._base for t in outputs))}
-
-        def found() -> list[Tensor]:
-            return [t for t in _pending(_live_tensors()) if id(t) not in known]
-
-        if not found():
-            return
-        gc.collect()  # what only a cycle holds is not left; 0.3 s where there are many modules
-        if new := found():
+        gc.collect()  # what only a cycle holds is not left
+        new = [t for t in _pending(_live_tensors()) if id(t) not in known]
+        if new:
             raise UserError(
                 f"the {self._name} step leaves {len(new)} new tensors on the device, one of shape "
                 f"{list(new[0].shape)}, where it must write to tensors that were there before (copy_). Set gradients "
@@ -256,17 +250,8 @@ def _take_over(tensor: Tensor, other: Tensor) -> None:
 
 def _live_tensors() -> list[Tensor]:
     # Whatever a step wrote, some Python object has it; to ask each module and optimizer would be to forget one.
-    # A program that calls gc.freeze hides what it has, so it must not have tensors of the device yet. A look for each
-    # object's type in a set takes a third of the time of issubclass; by number, for a type need not have a hash.
-    kinds = {id(kind) for kind in _kinds_of(Tensor)}
-    live = [t for t in gc.get_objects() if id(type(t)) in kinds and t.device.type == "xla"]
+    live = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "xla"]
     return sorted(live, key=_XLAC._xla_get_tensor_id)  # gc's order changes
-
-
-def _kinds_of(kind: type[Tensor]) -> Iterator[type[Tensor]]:
-    yield kind
-    for narrower in kind.__subclasses__():
-        yield from _kinds_of(narrower)
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import threading
@@ -155,7 +154,6 @@ def trace(
         written.append((xm.get_stablehlo_bytecode(results), plain_text(results)))
 
     rates = {} if rate is None else {"rate": rate}
-    gc.collect()  # what only a cycle holds would be traced along
     traced = RecordedStep(scoped_step, name).trace(args, tensors, rates, write)
     owners = {
         id(tensor): f"{label}.{key}".removeprefix(".")
