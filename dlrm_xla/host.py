@@ -19,6 +19,11 @@ def has_values(ids: Tensor) -> bool:
     return on_host(ids) and type(ids) is Tensor and not torch.compiler.is_compiling()
 
 
+def fuses_sums(tensor: Tensor) -> bool:
+    """Whether a sum of products is a loop that writes the sums alone: where XLA compiles it."""
+    return tensor.device.type == "xla"
+
+
 def product_width(width: int, like: Tensor) -> int:
     """How many columns a matrix of so many should have as a factor, zeros behind its own: on a CPU a multiple of 16.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_xla
-from dlrm_xla_plugins import multiplied_trains
+from dlrm_xla_plugins import fused_trains, multiplied_trains
 from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, quantize
@@ -96,7 +96,9 @@ def test_tensor_train_from_a_table_by_tensorly(rows, dim, backend):
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 5), (40, 5), (40, 100), (64, 1), (333, 21)])
-@pytest.mark.parametrize("way", ["grouped", "distinct", "slices", "crossed", "groups on a matrix unit"])
+@pytest.mark.parametrize(
+    "way", ["grouped", "distinct", "fused", "fused in groups", "slices", "crossed", "groups on a matrix unit"]
+)
 def test_trains_of_many_lookups_are_those_of_single_ones_with_their_gradients(way, count, rows, monkeypatch):
     torch.manual_seed(0)
     cores = [torch.randn(rows, 2, 3), torch.randn(rows, 3, 4 * 3), torch.randn(rows, 3, 2)]
@@ -109,6 +111,9 @@ def test_trains_of_many_lookups_are_those_of_single_ones_with_their_gradients(wa
         found = train_rows(cores, digits)
     elif way == "distinct":
         found = distinct_rows(cores, ids)
+    elif way.startswith("fused"):
+        monkeypatch.setattr(fused_trains, "_GROUPED", 0 if way == "fused in groups" else 1000)
+        found = fused_trains.fused_rows(cores, digits)
     else:
         kind = {"slices": "_Slices", "crossed": "_Crossed"}.get(way, "_Grouped")
         monkeypatch.setattr(multiplied_trains, "_middle", lambda *cores: getattr(multiplied_trains, kind))

@@ -2,17 +2,26 @@
 
 Lookups repeat: of 4096 that follow Zipf's law (exponent 1.05) in 1M rows some 2,200 are different, with some 950
 different left products, whose digits are the first two.
+
+What is added up is sorted first, for then `embedding_bag` adds it: 4,088 rows of 256 numbers, most of them different,
+take 0.12 ms on two cores, where index_add takes 0.97. And the third core's slices are gathered as [d3, r], not [r, d3]:
+4,088 products of 4 x 16 by 16 x 16 take 0.37 ms, of 16 x 16 by 16 x 4 1.3 to 1.5.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from dlrm_xla.ids import divide_ids
-from dlrm_xla_plugins.grouped_trains import BLOCK, group
+Indices = NDArray[np.int64]
+
+# Left products in a block, which share a slice of the middle core.
+_BLOCK = 16
 
 
 def distinct_rows(cores: tuple[Tensor, Tensor, Tensor], ids_N: Tensor) -> Tensor:
@@ -21,41 +30,98 @@ def distinct_rows(cores: tuple[Tensor, Tensor, Tensor], ids_N: Tensor) -> Tensor
     return rows_ND
 
 
-def _sums(rows: int, index: Tensor, values: Tensor) -> Tensor:
-    return values.new_zeros(rows, *values.shape[1:]).index_add_(0, index, values)
+def _runs(sorted_N: Indices) -> tuple[Indices, Indices]:
+    """Where runs of equal values start [U], and the run that each value is in [N]."""
+    is_first_N = np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]])
+    return np.flatnonzero(is_first_N), is_first_N.cumsum() - 1
+
+
+def _starts(counts: Indices) -> Indices:
+    starts: Indices = counts.cumsum() - counts
+    return starts
+
+
+def _sums(order_N: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """Of the values in this order, the sums from each start to the next; zeros where they are the same."""
+    return F.embedding_bag(order_N, values.flatten(1), starts, mode="sum")
+
+
+def _sums_of_rows(rows: int, index_N: Tensor, values: Tensor) -> Tensor:
+    index = index_N.numpy()
+    # Of few rows a radix sort, 15 us for 4096; of int64 some 80.
+    order = index.astype(np.min_scalar_type(rows)).argsort(kind="stable")
+    starts = torch.from_numpy(_starts(np.bincount(index, minlength=rows)))
+    return _sums(torch.from_numpy(order), values, starts).view(rows, *values.shape[1:])
+
+
+class _Slots(NamedTuple):
+    """U different ids and their P different left products, in blocks of slots S that share a second digit.
+
+    All are sorted by the second digit, the first and the third. ``order_N``: the lookups in that order, those of id u
+    from ``starts_U`` on; ``u_N``: the id of each. ``starts_S``: where those ids start whose left product is in a slot,
+    at the start of the next where the slot is empty.
+    """
+
+    order_N: Tensor
+    u_N: Tensor
+    starts_U: Tensor
+    i3_U: Tensor
+    slot_U: Tensor
+    i1_S: Tensor
+    starts_S: Tensor
+    row_of_block: Tensor
+
+
+def _slots(ids_N: Indices, n1: int, n2: int, n3: int) -> _Slots:
+    # With numpy, for torch takes three times as long, 0.8 ms of 4096 ids.
+    count, bits = len(ids_N), (len(ids_N) - 1).bit_length()
+    i12_N = ids_N.astype(np.int64) // n3
+    i1_N = i12_N // n2
+    keys_N = ((i12_N - i1_N * n2) * n1 + i1_N) * n3 + ids_N - i12_N * n3
+    packed_N = np.sort(keys_N << bits | np.arange(count))
+    order_N, keys_N = packed_N & ((1 << bits) - 1), packed_N >> bits
+    starts_U, run_N = _runs(keys_N)
+    i21_U = keys_N[starts_U] // n3
+    first_u_P, p_U = _runs(i21_U)
+    i2_P = i21_U[first_u_P] // n1
+
+    counts_R = np.bincount(i2_P, minlength=n2)
+    blocks_R = -(-counts_R // _BLOCK)
+    slot_P = (_starts(blocks_R) * _BLOCK - _starts(counts_R))[i2_P] + np.arange(len(i2_P))
+    i1_S, ids_S = np.zeros((2, blocks_R.sum() * _BLOCK), np.int64)
+    i1_S[slot_P] = i21_U[first_u_P] - i2_P * n1
+    ids_S[slot_P] = np.bincount(p_U)
+    u_N = np.empty_like(order_N)
+    u_N[order_N] = run_N
+    i3_U = keys_N[starts_U] - i21_U * n3
+    found = order_N, u_N, starts_U, i3_U, slot_P[p_U], i1_S, _starts(ids_S), np.repeat(np.arange(n2), blocks_R)
+    return _Slots(*map(torch.from_numpy, found))
 
 
 class _DistinctRows(torch.autograd.Function):
-    """U different ids have P different left products, which are grouped by their second digit into slots S."""
-
     @staticmethod
     def forward(ctx: Any, core1: Tensor, core2: Tensor, core3: Tensor, ids_N: Tensor) -> Tensor:
-        (_, d1, rank), n2, n3 = core1.shape, len(core2), len(core3)
-        ids_U, place_N = torch.unique(ids_N, return_inverse=True)
-        i12_U = divide_ids(ids_U, n3)
-        i12_P, left_U = torch.unique_consecutive(i12_U, return_inverse=True)  # sorted, because ids_U are
-        i1_P = divide_ids(i12_P, n2)
-        by2 = group(i12_P - i1_P * n2, n2)
-        # An empty slot multiplies what nobody reads, and its gradient stays zero.
-        i1_S = i1_P.index_select(0, by2.lookup_of_slot.clamp(min=0))
-        first = core1.index_select(0, i1_S).view(-1, BLOCK * d1, rank)
-        second = core2.index_select(0, by2.row_of_block)
-        slot_U = by2.slot_of_lookup.index_select(0, left_U)
-        left = torch.bmm(first, second).view(len(i1_S), -1).index_select(0, slot_U).view(len(ids_U), -1, rank)
-        i3_U = ids_U - i12_U * n3
-        third = core3.index_select(0, i3_U)
-        ctx.save_for_backward(first, second, left, third, i1_S, by2.row_of_block, slot_U, i3_U, place_N)
-        ctx.sizes = len(core1), n2, n3
-        return torch.bmm(left, third).flatten(1).index_select(0, place_N)
+        (n1, d1, rank), n2, n3 = core1.shape, len(core2), len(core3)
+        slots = _slots(ids_N.numpy(), n1, n2, n3)
+        first = core1.index_select(0, slots.i1_S).view(-1, _BLOCK * d1, rank)
+        second = core2.index_select(0, slots.row_of_block)
+        # An empty slot multiplies what nobody reads, and its gradient is a sum of nothing.
+        left = torch.bmm(first, second).view(len(slots.i1_S), -1)
+        left = left.index_select(0, slots.slot_U).view(len(slots.slot_U), -1, rank)
+        third = core3.transpose(1, 2).contiguous().index_select(0, slots.i3_U)
+        rows_UD = torch.bmm(third, left.transpose(1, 2)).transpose(1, 2).flatten(1)
+        ctx.save_for_backward(first, second, left, third, *slots)
+        ctx.sizes = n1, n2, n3
+        return rows_UD.index_select(0, slots.u_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        first, second, left, third, i1_S, row_of_block, slot_U, i3_U, place_N = ctx.saved_tensors
-        (grad_ND,), (n1, n2, n3) = grads, ctx.sizes
-        grad_U = _sums(len(left), place_N, grad_ND).view(len(left), left.shape[1], -1)
-        grad3 = _sums(n3, i3_U, torch.bmm(left.transpose(1, 2), grad_U))
-        grad_left = torch.bmm(grad_U, third.transpose(1, 2)).flatten(1)
-        grad_S = _sums(len(i1_S), slot_U, grad_left).view(*first.shape[:2], -1)
-        grad2 = _sums(n2, row_of_block, torch.bmm(first.transpose(1, 2), grad_S))
-        grad_first = torch.bmm(grad_S, second.transpose(1, 2)).view(len(i1_S), -1, left.shape[2])
-        return _sums(n1, i1_S, grad_first), grad2, grad3, None
+        first, second, left, third, *saved = ctx.saved_tensors
+        (grad_ND,), (n1, n2, n3), slots = grads, ctx.sizes, _Slots(*saved)
+        grad_U = _sums(slots.order_N, grad_ND, slots.starts_U).view(*left.shape[:2], -1)
+        grad3 = _sums_of_rows(n3, slots.i3_U, torch.bmm(grad_U.transpose(1, 2), left)).transpose(1, 2)
+        grad_left = torch.bmm(grad_U, third)
+        grad_S = _sums(torch.arange(len(left)), grad_left, slots.starts_S).view(*first.shape[:2], -1)
+        grad2 = _sums_of_rows(n2, slots.row_of_block, torch.bmm(first.transpose(1, 2), grad_S))
+        grad_first = torch.bmm(grad_S, second.transpose(1, 2)).view(len(slots.i1_S), -1, left.shape[2])
+        return _sums_of_rows(n1, slots.i1_S, grad_first), grad2, grad3, None

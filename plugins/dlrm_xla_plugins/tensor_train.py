@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
-from dlrm_xla.host import has_values
+from dlrm_xla.host import fuses_sums, has_values
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.distinct_trains import distinct_rows
+from dlrm_xla_plugins.fused_trains import UNROLLED, fused_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.multiplied_trains import multiplied_rows
 
-# Numbers in a slice of the middle core from which on grouping pays: forward and backward of 2048 lookups take 4.3
-# against 5.4 ms at 256 (rank 8), 3.9 against 2.2 at 16 (rank 2), on two cores.
+# Numbers in a slice of the middle core from which on what repeats is computed once on a CPU: forward and backward of
+# 2048 lookups of Zipf's law take 2.7 instead of 3.0 ms at 64, 2.1 instead of 1.7 at 16, on two cores.
+DISTINCT = 64
+# And from which on lookups are grouped elsewhere.
 GROUPED = 256
 
 
@@ -96,34 +99,34 @@ class TensorTrainBag(CodebookBag):
         self.core3 = nn.Parameter(torch.empty(n3, rank, d3).normal_(std=std))
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-        ids_N = ids_BL.reshape(-1)
-        _, n2, n3 = self.rows
-        d1, d2, d3 = self.columns
-        cores = self.core1, self.core2, self.core3
-        # Groups have a size for each number of lookups; an exported program takes any number.
-        grouped = self.rank**2 * d2 >= GROUPED and not torch.compiler.is_exporting()
-        multiplied = max(self.rows) <= self.codebook_rows
-        if grouped and not multiplied and has_values(ids_N):
-            rows_ND = distinct_rows(cores, ids_N)
-        else:
-            i3_N = ids_N % n3
-            i12_N = divide_ids(ids_N, n3)
-            i2_N = i12_N % n2
-            i1_N = divide_ids(i12_N, n2)
-            if multiplied:
-                rows_ND = multiplied_rows(cores, (i1_N, i2_N, i3_N))
-            elif grouped:
-                rows_ND = train_rows(cores, (i1_N, i2_N, i3_N))
-            else:
-                first = self.core1.index_select(0, i1_N)
-                second = self.core2.index_select(0, i2_N)
-                left = torch.bmm(first, second).view(-1, d1 * d2, self.rank)
-                rows_ND = torch.bmm(left, self.core3.index_select(0, i3_N)).flatten(1)
-        if d1 * d2 * d3 > self.table.dim:
+        rows_ND = self._rows_at(ids_BL.reshape(-1))
+        if rows_ND.shape[1] > self.table.dim:
             rows_ND = rows_ND[:, : self.table.dim]
         if ids_BL.shape[1] == 1:
             return rows_ND * weights_BL
         return (rows_ND.view(*ids_BL.shape, -1) * weights_BL.unsqueeze(-1)).sum(1)
+
+    def _rows_at(self, ids_N: Tensor) -> Tensor:
+        """Rows [N, d1 d2 d3], the way that takes the least time where they are."""
+        cores = self.core1, self.core2, self.core3
+        numbers = self.core2[0].numel()
+        multiplied = max(self.rows) <= self.codebook_rows
+        if not multiplied and numbers >= DISTINCT and has_values(ids_N):
+            return distinct_rows(cores, ids_N)
+        _, n2, n3 = self.rows
+        i12_N = divide_ids(ids_N, n3)
+        digits = divide_ids(i12_N, n2), i12_N % n2, ids_N % n3
+        if multiplied:
+            return multiplied_rows(cores, digits)
+        # Groups have a size for each number of lookups; an exported program takes any number.
+        if not torch.compiler.is_exporting():
+            if self.rank <= UNROLLED and fuses_sums(ids_N):
+                return fused_rows(cores, digits)
+            if numbers >= GROUPED:
+                return train_rows(cores, digits)
+        first, second, third = (core.index_select(0, at_N) for core, at_N in zip(cores, digits, strict=True))
+        left = torch.bmm(first, second).view(-1, math.prod(self.columns[:2]), self.rank)
+        return torch.bmm(left, third).flatten(1)
 
     def set_table(self, rows: TrainedRows) -> None:
         """The nearest cores by tensorly's TT-SVD (Oseledets 2011, algorithm 1; quasi-optimal), of all rows at once.
