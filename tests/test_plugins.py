@@ -112,7 +112,7 @@ def test_trains_of_many_lookups_are_those_of_single_ones_with_their_gradients(wa
     elif way == "distinct":
         found = distinct_rows(cores, ids)
     elif way.startswith("fused"):
-        monkeypatch.setattr(fused_trains, "_GROUPED", 0 if way == "fused in groups" else 1000)
+        monkeypatch.setattr(fused_trains, "GROUPED", 0 if way == "fused in groups" else 1000)
         found = fused_trains.fused_rows(cores, digits)
     else:
         kind = {"slices": "_Slices", "crossed": "_Crossed"}.get(way, "_Grouped")

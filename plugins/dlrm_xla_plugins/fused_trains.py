@@ -12,20 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlrm_xla_plugins.grouped_trains import Groups, group
+from dlrm_xla_plugins.grouped_trains import GROUPED, Groups, group
 
 # Products that a sum of them may have at most.
 UNROLLED = 16
-# Numbers in a slice of the middle core from which on grouping pays: forward and backward of 4096 lookups take 2.8 ms
-# without and 4.0 with it at 256, 8.3 and 7.0 at 576.
-_GROUPED = 512
 
 
 def fused_rows(cores: tuple[Tensor, Tensor, Tensor], digits: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Rows [N, d1 d2 d3] of a tensor train of cores [n1, d1, r], [n2, r, d2 r], [n3, r, d3] at digits [N] each."""
     first, second, _ = cores
     i1_N, i2_N, i3_N = digits
-    if second[0].numel() < _GROUPED or first.shape[1] > UNROLLED:
+    if second[0].numel() < GROUPED or first.shape[1] > UNROLLED:
         rows_ND: Tensor = _FusedRows.apply(*cores, i1_N, i2_N, i3_N)  # type: ignore[no-untyped-call]
         return rows_ND
     # As many lookups in a block as make lines of the first core that are added up in one sum.

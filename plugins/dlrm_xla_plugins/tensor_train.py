@@ -17,14 +17,12 @@ from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.fused_trains import UNROLLED, fused_rows
-from dlrm_xla_plugins.grouped_trains import train_rows
+from dlrm_xla_plugins.grouped_trains import GROUPED, train_rows
 from dlrm_xla_plugins.multiplied_trains import multiplied_rows
 
 # Numbers in a slice of the middle core from which on what repeats is computed once on a CPU: forward and backward of
 # 2048 lookups of Zipf's law take 2.7 instead of 3.0 ms at 64, 2.1 instead of 1.7 at 16, on two cores.
 DISTINCT = 64
-# And from which on lookups are grouped elsewhere.
-GROUPED = 256
 
 
 @sized("rank", lambda table: range(1, 129))
