@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.errors import UserError
 from dlrm_xla.tensor_file import TensorFile, opened
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.devices import RowAccess
+from dlrm_xla.device import RowAccess
 from dlrm_xla.one_hot import one_hot
 
 # By the compiler's figures on v5e, 32,767 rows of 8: a product is faster by some 50 us of 2,048 ids, whose gather and

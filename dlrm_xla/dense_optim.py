@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dlrm_xla.config import DenseOptimizerName
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 
 _KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

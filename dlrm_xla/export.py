@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dlrm_xla.contract import Stored
-from dlrm_xla.devices import open_xla_first
 from dlrm_xla.errors import UserError
 from dlrm_xla.serving import Scorer
+from dlrm_xla.xla_device import open_xla_first
 
 TORCH, STABLEHLO = "model.pt2", "stablehlo"
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.errors import UserError
 
 # Settings that may differ in a run that goes on, for they change neither the model nor a step; with another device or

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 
 
 def one_hot_product(ids_N: Tensor, rows_RD: Tensor, device: Device) -> Tensor:

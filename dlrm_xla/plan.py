@@ -13,7 +13,7 @@ from torch import nn
 
 from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.devices import RowAccess
+from dlrm_xla.device import RowAccess
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.registry import Layer, compose, parse
 from dlrm_xla.row_lines import Placement, lines_of

@@ -324,7 +324,7 @@ def _named(ranks: Sequence[int]) -> str:
 def open_ranks(patience: float, hosts: Mapping[str, str] | None = None) -> Ranks:
     """The ranks that torchrun started this process among; `ALONE` where it did not.
 
-    ``hosts`` is what `dlrm_xla.devices.job_of_hosts` says.
+    ``hosts`` is what `dlrm_xla.xla_device.job_of_hosts` says.
     """
     if hosts:
         return HostRanks(patience, {**os.environ, "LOCAL_RANK": "0", **hosts})

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dlrm_xla.devices import RowAccess
+from dlrm_xla.device import RowAccess
 
 Placement = Literal["matmul", "dense", "sparse"]
 

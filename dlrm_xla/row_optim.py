@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.device import Device, RowAccess
 from dlrm_xla.lookup import Lookup
 from dlrm_xla.one_hot import matmul_parts, one_hot
 from dlrm_xla.row_files import RowFiles

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dlrm_xla.config import RowOptimizerName
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.one_hot import matmul_parts
 
 StateName = Literal["fp32", "bf16"]

@@ -15,7 +15,7 @@ from dlrm_xla import fbgemm_rows
 from dlrm_xla.bags import Arranged, BagCollection
 from dlrm_xla.config import Config, RowKernels
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.device import Device, RowAccess
 from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch

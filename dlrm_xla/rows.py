@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import Table
-from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.device import Device, RowAccess
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.host import on_host
 from dlrm_xla.lookup import Lookup, bag_ends, bag_starts, pool
@@ -100,7 +100,7 @@ class RowStack(nn.Module):
         dense    gather; sum into a gradient of all rows                   cost: rows
         matmul   one-hot times rows, and its transpose times gradients     cost: rows x ids, on the matrix unit
 
-    ``near``: so small that memory near the processor holds it whole (`dlrm_xla.devices.RowAccess.near_bytes`).
+    ``near``: so small that memory near the processor holds it whole (`dlrm_xla.device.RowAccess.near_bytes`).
     """
 
     rows: Tensor

@@ -14,7 +14,7 @@ from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, unpack
 from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.plan import TablePlan

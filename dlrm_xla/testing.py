@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from dlrm_xla import registry
 from dlrm_xla.contract import Table
-from dlrm_xla.devices import open_device, open_xla_first
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.plan import bytes_kept
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
+from dlrm_xla.xla_device import open_xla_first
 
 # Tests of one process share it, and torch_xla must come before the first backward.
 HAS_XLA = open_xla_first()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.contract import Table
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.lookup import pool
 from dlrm_xla.model import DLRM

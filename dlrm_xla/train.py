@@ -24,7 +24,7 @@ from dlrm_xla.codebooks import most_rows, multiply_codebooks
 from dlrm_xla.config import Config
 from dlrm_xla.contract import Refreshed
 from dlrm_xla.dense_optim import dense_optimizer
-from dlrm_xla.devices import Counters, Device, Forgetful
+from dlrm_xla.device import Counters, Device, Forgetful
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import FiniteWatch, doubts
 from dlrm_xla.metrics import base_rate_metrics, click_metrics

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dlrm_xla.devices import machine_memory
+from dlrm_xla.device import machine_memory
 from dlrm_xla.errors import UserError
 
 BLOCK_ROWS = 2**18

@@ -19,13 +19,13 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from dlrm_xla.devices import RowAccess
+    from dlrm_xla.device import RowAccess
 
 _XLAC = torch_xla._XLAC
 
 
 class Mesh:
-    """All chips of the job in one line; implements `dlrm_xla.devices.Chips`."""
+    """All chips of the job in one line; implements `dlrm_xla.device.Chips`."""
 
     def __init__(self) -> None:
         self.count: int = xr.global_runtime_device_count()

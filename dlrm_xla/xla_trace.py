@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dlrm_xla.contract import ComposedBag, Computation, RedirectedBag
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.xla_spmd import Mesh
 from dlrm_xla.xla_steps import RecordedStep, tensors_in
 

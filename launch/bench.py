@@ -40,13 +40,15 @@ from tqdm import tqdm
 from dlrm_xla import fbgemm_rows
 from dlrm_xla.config import PLACEMENTS
 from dlrm_xla.contract import MAX_ROWS
-from dlrm_xla.devices import Device, open_device, open_xla_first
+from dlrm_xla.device import Device
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import announce
 from dlrm_xla.presets import KAGGLE_ROWS
 from dlrm_xla.registry import EXACT, installed, parse
 from dlrm_xla.row_rules import RULES
 from dlrm_xla.run_folder import versions
+from dlrm_xla.xla_device import open_xla_first
 
 WARM_UP = 3
 # Some 10 ms of a GPU at 2 GHz.

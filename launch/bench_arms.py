@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dlrm_xla.batches import PackedBatch
 from dlrm_xla.config import Config, RowKernels, resolve
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.devices import Device
+from dlrm_xla.device import Device
 from dlrm_xla.model import DLRM, mlp
 from dlrm_xla.plan import bytes_kept, plan
 from dlrm_xla.registry import parse

@@ -30,7 +30,8 @@ from dlrm_xla_plugins.directions import error_factor, gram, random_directions, t
 from torch import Tensor
 from tqdm import tqdm
 
-from dlrm_xla.devices import Device, open_device
+from dlrm_xla.device import Device
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.run_folder import versions
 from dlrm_xla.tensor_file import opened

@@ -23,7 +23,8 @@ from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import registry
 from dlrm_xla.contract import Table
-from dlrm_xla.devices import Device, open_device
+from dlrm_xla.device import Device
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.plan import on_meta
 from dlrm_xla.rows import RowTable

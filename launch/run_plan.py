@@ -11,7 +11,7 @@ from torch import nn
 from dlrm_xla import plan, registry
 from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
-from dlrm_xla.devices import Device, RowAccess
+from dlrm_xla.device import Device, RowAccess
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_files import RowFiles

@@ -13,13 +13,14 @@ from dlrm_xla_data.fingerprint import data_changed
 from run_plan import Plan
 
 from dlrm_xla.config import Config
-from dlrm_xla.devices import Device, job_of_hosts
+from dlrm_xla.device import Device
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import on_meta
 from dlrm_xla.ranks import Ranks, open_ranks
 from dlrm_xla.rows import RowTable
 from dlrm_xla.torchrec_plan import Shards, make_shards
 from dlrm_xla.train import row_settings
+from dlrm_xla.xla_device import job_of_hosts
 
 # Where data lies may differ from host to host; what is in it may not.
 _OF_A_HOST = {"data", "data_cache"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_xla.devices import open_xla_first
+from dlrm_xla.xla_device import open_xla_first
 
 # a package of its own, tested as installed by test_example_plugin.py
 collect_ignore = ["example_plugin"]

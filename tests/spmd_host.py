@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
 
 def become(host, hosts=2):
-    from dlrm_xla.devices import open_xla_first
+    from dlrm_xla.xla_device import open_xla_first
 
     open_xla_first()
     import torch_xla

@@ -11,7 +11,8 @@ from dlrm_xla_data.fingerprint import data_changed, describe_data, seen_by_sketc
 from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import registry
-from dlrm_xla.devices import Counters, open_device
+from dlrm_xla.device import Counters
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import announce, doubts
 from dlrm_xla.metrics import click_metrics

@@ -391,7 +391,7 @@ def test_every_pair_of_optimizers_trains_on_xla_as_on_cpu(rows, dense, tmp_path)
 
 @needs_xla
 def test_arrays_larger_than_a_part_are_read_whole_from_xla(monkeypatch):
-    monkeypatch.setattr("dlrm_xla.devices._PART_BYTES", 999)
+    monkeypatch.setattr("dlrm_xla.device._PART_BYTES", 999)
     device = open_device("xla")
     array = torch.arange(700.0).view(100, 7)
     assert torch.equal(torch.cat(list(device.host_parts(array.to(device.torch_device)))), array)

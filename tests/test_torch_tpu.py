@@ -11,8 +11,9 @@ import torch
 from conftest import launch_script
 from spmd_steps import batches, make_steps
 
-from dlrm_xla.devices import _TORCH_TPU_ROWS, open_device
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.torch_tpu import ROWS
 
 launcher = launch_script("run")
 
@@ -27,21 +28,21 @@ def test_rows_are_written_as_numpy_writes_them_and_none_past_the_end(pack, add):
         ids_N[:3] = 5
     values_ND = rng.normal(size=(20, 16)).astype(np.float32)
     array = torch.from_numpy(rows_RD.copy()).view(-1, 16 * pack)
-    _TORCH_TPU_ROWS.scatter(array, torch.from_numpy(ids_N), torch.from_numpy(values_ND), add)
+    ROWS.scatter(array, torch.from_numpy(ids_N), torch.from_numpy(values_ND), add)
     inside_N = ids_N < 40
     if add:
         np.add.at(rows_RD, ids_N[inside_N], values_ND[inside_N])
     else:
         rows_RD[ids_N[inside_N]] = values_ND[inside_N]
     np.testing.assert_allclose(array.view(-1, 16).numpy(), rows_RD, atol=1e-6)
-    found_ND = _TORCH_TPU_ROWS.gather(array, torch.from_numpy(ids_N[inside_N]), 16)
+    found_ND = ROWS.gather(array, torch.from_numpy(ids_N[inside_N]), 16)
     np.testing.assert_allclose(found_ND.numpy(), rows_RD[ids_N[inside_N]], atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 def test_a_model_with_its_rows_trains_as_with_those_of_a_cpu(optimizer):
     cpu = open_device("cpu")
-    others = replace(cpu, rows=_TORCH_TPU_ROWS, planned=_TORCH_TPU_ROWS, capturable=False)
+    others = replace(cpu, rows=ROWS, planned=ROWS, capturable=False)
     found = []
     for device, lanes in ((cpu, 0), (others, 128)):
         torch.manual_seed(0)
@@ -57,7 +58,7 @@ def test_a_model_with_its_rows_trains_as_with_those_of_a_cpu(optimizer):
 def test_rows_of_bf16_are_refused():
     rows = torch.zeros(4, 16, dtype=torch.bfloat16)
     with pytest.raises(UserError, match="row_precision"):
-        _TORCH_TPU_ROWS.scatter(rows, torch.tensor([1]), torch.ones(1, 16), True)
+        ROWS.scatter(rows, torch.tensor([1]), torch.ones(1, 16), True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_tpu") is not None, reason="torch_tpu is installed")
