@@ -19,6 +19,11 @@ def has_values(ids: Tensor) -> bool:
     return on_host(ids) and type(ids) is Tensor and not torch.compiler.is_compiling()
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether products of what lies where this tensor does run in another type now."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def fuses_sums(tensor: Tensor) -> bool:
     """Whether a sum of products is a loop that writes the sums alone: where XLA compiles it."""
     return tensor.device.type == "xla"

@@ -26,6 +26,7 @@ from dlrm_xla.xla_device import open_xla_first
 
 # Tests of one process share it, and torch_xla must come before the first backward.
 HAS_XLA = open_xla_first()
+_NEEDS_XLA = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed")
 
 
 class BagContract:
@@ -101,7 +102,7 @@ class BagContract:
         distinct = len(np.unique(rows, axis=0))
         assert distinct >= self.distinct_share * len(ids), f"{len(ids)} ids beyond 2^24 share {distinct} vectors"
 
-    @pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed")
+    @_NEEDS_XLA
     def test_large_ids_find_their_rows_on_xla(self) -> None:
         """torch_xla divides integers as float32; `dlrm_xla.ids.divide_ids` does not."""
         bag = self.make(Table("large", 2**24 + 4096, 8))
@@ -122,6 +123,23 @@ class BagContract:
             if parameter.requires_grad:
                 assert parameter.grad is not None, f"{name} gets no gradient"
                 assert parameter.grad.abs().sum() > 0, f"the gradient of {name} is zero"
+
+    @pytest.mark.parametrize("device_name", ["cpu", pytest.param("xla", marks=_NEEDS_XLA)])
+    def test_trains_under_autocast(self, device_name: str) -> None:
+        """As ``--precision bf16`` runs it: gradients point where those of float32 do."""
+        where = open_device(device_name).torch_device
+        found = []
+        for bf16 in (False, True):
+            bag = self.make().to(where)
+            ids, weights = (t.to(where) for t in self.inputs(batch=256))
+            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+                out = bag(ids, weights)
+            torch.manual_seed(9)
+            torch.autograd.backward((out.float() * torch.randn(out.shape).to(where)).sum())
+            found.append({n: p.grad.float().cpu().flatten() for n, p in bag.named_parameters() if p.grad is not None})
+        for name, grad in found[0].items():
+            cosine = torch.nn.functional.cosine_similarity(grad, found[1][name], dim=0).item()
+            assert cosine > 0.99, f"the gradient of {name} under autocast has the cosine {cosine:.3f} to float32's"
 
     def test_starts_with_the_variance_of_exact_rows(self) -> None:
         std = self.dense_twin(self.make()).std().item()
@@ -201,7 +219,7 @@ class BagContract:
                 registry.parse(f"{layer.name}:no_such_option=1")
             assert all(name in str(error.value) for name in good)
 
-    @pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed")
+    @_NEEDS_XLA
     def test_is_one_graph_on_xla_without_fallbacks(self) -> None:
         device = open_device("xla")
         bag = self.make()

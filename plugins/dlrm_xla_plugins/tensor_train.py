@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dlrm_xla.codebooks import CodebookBag
 from dlrm_xla.contract import MakeBag, Table, sized
-from dlrm_xla.host import fuses_sums, has_values
+from dlrm_xla.host import autocasts, fuses_sums, has_values
 from dlrm_xla.ids import divide_ids
 from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla_plugins.distinct_trains import distinct_rows
@@ -105,7 +105,13 @@ class TensorTrainBag(CodebookBag):
         return (rows_ND.view(*ids_BL.shape, -1) * weights_BL.unsqueeze(-1)).sum(1)
 
     def _rows_at(self, ids_N: Tensor) -> Tensor:
-        """Rows [N, d1 d2 d3], the way that takes the least time where they are."""
+        """Rows [N, d1 d2 d3], the way that takes the least time where they are; float32 under autocast too.
+
+        For gradients of products rounded to bf16 are added up, and the backward step runs without autocast.
+        """
+        if autocasts(ids_N):
+            with torch.autocast(ids_N.device.type, enabled=False):
+                return self._rows_at(ids_N)
         cores = self.core1, self.core2, self.core3
         numbers = self.core2[0].numel()
         multiplied = max(self.rows) <= self.codebook_rows
