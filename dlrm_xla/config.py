@@ -181,6 +181,8 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
     for name in ("dense_lr", "row_lr", "save_minutes", "rank_patience", "decay_power"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
+    if config.seed >= 2**32:
+        raise UserError(f"seed is {config.seed} ({origins['seed']}), but must be below 2^32")
     if not config.plugin.strip():
         raise UserError(f"plugin is empty ({origins['plugin']}); write exact, or a plugin of --list-plugins")
     if config.batch_size % config.micro_batches:

@@ -10,7 +10,7 @@ Shape suffixes used in the whole project:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -50,6 +50,16 @@ class Table:
     def start_std(self) -> float:
         """Standard deviation of a row's numbers at the start."""
         return 1 / math.sqrt(3 * self.num_rows) if self.std is None else self.std
+
+    def setting(self, by_name: Mapping[str, str]) -> str | None:
+        """What is set for the table: by its name, or the longest name of a table that it is a part of, ``C3.quotient``.
+
+        A column's own name may have dots.
+        """
+        name = self.name
+        while name not in by_name and "." in name:
+            name = name.rpartition(".")[0]
+        return by_name.get(name)
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlrm_xla.contract import Stored
 from dlrm_xla.errors import UserError
@@ -50,14 +50,18 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
     """
     described = about["model"]
     width = sum(described["bag_lengths"])
-    example = (torch.zeros(batch, described["num_dense"]), torch.zeros(batch, width, dtype=torch.int32))
+
+    def example(samples: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(samples, described["num_dense"]), torch.zeros(samples, width, dtype=torch.int32)
+
     store(scorer)
     scorer = scorer.eval().requires_grad_(False)
     size = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad():
-            flexible = torch.export.export(scorer, example, dynamic_shapes=({0: size}, {0: size}))
-            fixed = torch.export.export(scorer, example)
+            # From an example of one sample torch takes the size for fixed.
+            flexible = torch.export.export(scorer, example(max(2, batch)), dynamic_shapes=({0: size}, {0: size}))
+            fixed = torch.export.export(scorer, example(batch))
     except Exception as error:  # whatever torch makes of a stranger's plugin
         first = str(error).partition("\n")[0]
         raise UserError(

@@ -248,13 +248,13 @@ def row_builder(config: Config, device: Device) -> tuple[MakeBag, RowFiles | Non
 
 
 def placement_rule(config: Config, access: RowAccess) -> Callable[[Table], Placement]:
-    """Placement of a table by name, else by its rows; a table inside a plugin goes by its feature's name."""
+    """Placement of a table by name, else by its rows; a table inside a plugin goes by its feature's name too."""
     matmul_rows = access.matmul_rows if config.matmul_rows < 0 else config.matmul_rows
     dense_rows = access.dense_rows if config.dense_rows < 0 else config.dense_rows
 
     def place(table: Table) -> Placement:
-        named = config.placement.get(table.name.partition(".")[0])
-        if named is not None:
+        named = table.setting(config.placement)
+        if named:
             return named  # type: ignore[return-value]
         if table.num_rows <= matmul_rows:
             return "matmul"

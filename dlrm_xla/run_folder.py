@@ -61,6 +61,7 @@ class RunFolder:
             self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
             self._metrics = (self.path / "metrics.jsonl").open("a")
             self._metrics.truncate(min(metrics_bytes, self._metrics.tell()))
+            self._metrics.seek(0, os.SEEK_END)  # truncating leaves the position past the end
             self.rows: list[dict[str, Any]] = [
                 json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()
             ]

@@ -126,7 +126,7 @@ def make_shards(
         from torchrec.distributed.planner.types import PlannerError
     ways = []
     for table, length in zip(tables, lengths, strict=True):
-        name = asked.get(table.name, asked.get(table.name.partition(".")[0]))
+        name = table.setting(asked)
         if name and name not in SHARDINGS:
             raise UserError(f"sharding of table {table.name} cannot be {name!r}; {choices(name, SHARDINGS)}")
         good = allowed(table, batch_size // size * length, settings)
@@ -134,6 +134,12 @@ def make_shards(
             raise UserError(
                 f"sharding: table {table.name} cannot be cut by columns with {settings.name}, whose state is by row. "
                 "Take row_wise or table_wise, or --row-optimizer sgd or adagrad_element."
+            )
+        if name == "data_parallel" and not RULES[settings.name].still:
+            raise UserError(
+                f"sharding: table {table.name} cannot be data_parallel with {settings.name}, which would move rows "
+                "that a step does not look up. Take table_wise or row_wise, or --row-optimizer sgd, adagrad or "
+                "adagrad_element."
             )
         ways.append([name] if name else good)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))

@@ -30,6 +30,7 @@ import torch
 from dlrm_xla_data.fingerprint import describe_data
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset
+from numpy.typing import NDArray
 from run import INTERRUPTED, run
 from run_data import open_data
 from run_flags import add_settings
@@ -64,6 +65,7 @@ FINE_TUNE_RATE = 0.1
 # projection at 10x was best after 12 steps of 230, where four validations an epoch saw it overfit only.
 FINE_TUNE_VALIDATIONS = 5
 _OFTENER = ("evals_per_epoch", "patience")
+_COUNTED_ROWS = 2**18  # of the log at a time
 # Settings of the checkpoint that are of its run or of its tables.
 _DROPPED = ("out", "row_files", "plugin", "ratio", "memory", "tables")
 Scores = dict[str, dict[str, float]]
@@ -146,8 +148,8 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     with opened(path) as file:
         for table, trained in zip(plan.tables, _trained(file, plan), strict=True):
             check_rows(table.name, trained)
-        # Nothing is trained, so rows have no state.
-        plain = dataclasses.replace(config, row_optimizer="sgd")
+        # Nothing is trained: rows have no state, and go through kernels that take arrays in files too.
+        plain = dataclasses.replace(config, row_optimizer="sgd", row_kernels="own")
         scored = Steps(serving.build_mapped(about["model"], file, device), dataset.bag_lengths, device, plain)
         before = _scores(scored, loader, GraphWatch(device, warn))
         del scored
@@ -257,11 +259,24 @@ def _scores(steps: Steps, loader: Loader, watch: GraphWatch) -> Scores:
 
 def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
     """How often training looks up each row of a table, float32 [num_rows]; row 0 has all ids that have none."""
-    counts = dataset.counts[feature][: num_rows - 1]
-    rest = dataset.lookups(feature, "train") - counts.sum()
-    found = np.empty(num_rows, np.float32)
-    found[0], found[1:] = rest, counts
+    if dataset.bags is None and dataset.bag_lengths[feature] > 1:  # the counts are of the first id of each bag
+        found = _counted(dataset, feature, num_rows).astype(np.float32)
+    else:
+        counts = dataset.counts[feature][: num_rows - 1]
+        found = np.empty(num_rows, np.float32)
+        found[0], found[1:] = dataset.lookups(feature, "train") - counts.sum(), counts
     return torch.from_numpy(found)
+
+
+def _counted(dataset: PreparedDataset, feature: int, num_rows: int) -> NDArray[np.int64]:
+    start, stop = dataset.splits["train"]
+    first = sum(dataset.bag_lengths[:feature])
+    slots = slice(first, first + dataset.bag_lengths[feature])
+    found = np.zeros(num_rows, np.int64)
+    for at in range(start, stop, _COUNTED_ROWS):
+        ids = dataset.ids[at : min(at + _COUNTED_ROWS, stop), slots]
+        found += np.bincount(np.where(ids < num_rows, ids, 0).ravel(), minlength=num_rows)
+    return found
 
 
 def _trained(file: TensorFile, plan: Plan) -> list[TrainedRows]:
@@ -352,7 +367,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}. Look at the disk and the permissions there, and run again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last table that it finished", file=sys.stderr)
+        on = "the same command goes on after the last table that it finished"
+        out = Path(given.get("out", SCRATCH))
+        if (out / "config.yaml").exists() and not (out / SCRATCH).exists():  # it was training on
+            on = f"launch/run.py --resume {out} goes on from its last checkpoint"
+        print(f"stopped; {on}", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -39,7 +39,10 @@ def to_reference(path: Path, out: Path) -> str:
     """Writes a file as the script saves it, from a checkpoint with exact tables."""
     scorer, about = serving.load(path)
     state = reference_weights.to_reference(scorer.model.state_dict())
-    torch.save({"state_dict": state, "iter": about["step"], "epoch": 0, "nepochs": 1}, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    torch.save({"state_dict": state, "iter": about["step"], "epoch": 0, "nepochs": 1}, unfinished)
+    unfinished.replace(out)
     return f"{len(about['model']['tables'])} tables, step {about['step']}"
 
 

@@ -109,6 +109,8 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     several_ranks.check_data(fingerprint, ranks)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=device.pinned)
     plan = make_plan(config, device, device.rows, dataset, ranks)
+    if start:
+        check_same_tables(start[1], serving.describe(config, plan.bags, *dataset.shape))
     print(planning.text(plan.bags))
     print(plan.ratio())
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
@@ -166,6 +168,8 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         folder.report(report)
     finally:
         folder.close()
+        if plan.files:
+            plan.files.release()
     print_results(report, base, best_auc, folder.path)
     return INTERRUPTED if outcome.interrupted else 0
 
@@ -204,6 +208,17 @@ def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | No
     for line in guards.version_changes(found[1]["versions"], versions()):
         warn(line)
     return found
+
+
+def check_same_tables(about: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a UserError where a plan has other tables than the checkpoint, before anything is written."""
+    for ours, theirs in zip(now["tables"], about["model"]["tables"], strict=True):
+        if ours != theirs:
+            kinds = [f"{t['plugin']} for {t['rows']:,} rows" for t in (ours, theirs)]
+            raise UserError(
+                f"table {ours['name']} would be {kinds[0]} here, but is {kinds[1]} in the checkpoint: --memory sizes "
+                f"plugins, and was {about['config'].get('memory') or 'not given'}. Leave it out after --resume."
+            )
 
 
 def resume(path: Path, about: dict[str, Any], steps: Steps, folder: RunFolder | NoRunFolder) -> None:

@@ -25,6 +25,8 @@ from dlrm_xla.train import GraphWatch, Steps, predict
 
 # Flags that leave the model as it is.
 _FOR_SCORES = {"out", "device", "data", "data_cache", "batch_size", "precision", "seed", "min_count", "synthetic_rows"}
+# Nothing is trained: rows have no state, and go through kernels that every device has.
+_UNTRAINED = {"row_optimizer": "sgd", "row_kernels": "own", "micro_batches": 1}
 _FOR_PROGRAMS = {"out", "batch_size"}
 
 
@@ -42,7 +44,7 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     saved = {k: v for k, v in about["config"].items() if k not in ("out", "row_files")}
-    config, _ = resolve({**saved, **given}, None)
+    config, _ = resolve({**saved, **_UNTRAINED, **given}, None)
     device = open_device(config.device)
     announce(device, config.precision)
     dataset, _ = open_data(config)

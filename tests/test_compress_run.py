@@ -1,5 +1,6 @@
 """launch/compress.py on trained runs: what it writes, what it goes on from, what it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -63,6 +64,18 @@ def test_a_compressed_run_is_a_run(trained, tmp_path, capsys):
     assert launcher.main(["--export", best, "--out", str(tmp_path / "program"), "--batch-size", "4"]) == 0
     assert launcher.main(["--resume", str(out)]) == 0
     assert _report(out)["steps"] > 0
+
+
+def test_lookups_of_bags_count_every_id_of_a_bag():
+    dataset, _ = launcher.open_data(compress.resolve({**SETTINGS, "synthetic_bags": [1, 3, 2]}, None)[0])
+    start, stop = dataset.splits["train"]
+    ids = dataset.ids[start:stop]
+    # As preparation with --multi-hot counts: the first id of each bag.
+    counts = [np.bincount(ids[:, slot], minlength=n)[1:] for slot, n in ((0, 30), (1, 400), (4, 200))]
+    dataset = dataclasses.replace(dataset, counts=counts)
+    for feature, (first, stop, rows) in enumerate([(0, 1, 30), (1, 4, 400), (4, 6, 150)]):
+        expected = np.bincount(np.where(ids < rows, ids, 0)[:, first:stop].ravel(), minlength=rows)
+        np.testing.assert_array_equal(compress.lookups(dataset, feature, rows), expected)
 
 
 def test_large_tables_stay_in_the_checkpoint_while_it_is_scored(trained, tmp_path, monkeypatch):

@@ -132,6 +132,14 @@ def test_a_budget_counts_what_lies_in_files(tmp_path, capsys):
         assert "hash_rows:rows=" in capsys.readouterr().out
 
 
+def test_a_name_with_dots_is_one_name():
+    access = open_device("cpu").rows
+    config, _ = resolve({"placement": {"user.id": "dense", "item": "dense"}}, None)
+    rule = placement_rule(config, access)
+    names = ["user.id", "user.id.quotient", "user", "user.name", "item.left.quotient"]
+    assert [rule(Table(name, 10, 4)) for name in names] == ["dense", "dense", "sparse", "sparse", "dense"]
+
+
 def test_placement_goes_by_rows_or_by_name():
     access = dataclasses.replace(open_device("cpu").rows, matmul_rows=50, dense_rows=5000)
     config, _ = resolve({}, None)

@@ -41,7 +41,7 @@ def test_weights_of_the_scripts_own_run_give_its_probabilities(reference_steps, 
     with torch.no_grad():
         found = torch.sigmoid(scorer.model(batch.dense_BI, batch.ids, batch.weights))
     torch.testing.assert_close(found, torch.tensor(reference_steps["probabilities"][0]), atol=1e-6, rtol=1e-5)
-    back = tmp_path / "back.pt"
+    back = tmp_path / "new" / "back.pt"
     assert convert.main(["--to-reference", str(out), "--out", str(back)]) == 0
     again = torch.load(back, weights_only=True)["state_dict"]
     assert set(again) == set(state)

@@ -261,6 +261,15 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(settings, tmp_
     assert "no checkpoint of" in capsys.readouterr().err
 
 
+def test_a_memory_that_sizes_the_plugin_otherwise_is_refused_and_the_run_stays(tmp_path, capsys):
+    flags = ["--synthetic-rows", "7000", "--min-count", "1", "--plugin", "hash_rows", "--memory", "900kB"]
+    run = tmp_path / "run"
+    assert launcher.main([*flags, "--out", str(run)]) == 0
+    assert launcher.main(["--resume", str(run), "--epochs", "2", "--memory", "1200kB"]) == 2
+    assert "--memory sizes plugins, and was 900kB" in capsys.readouterr().err
+    assert launcher.main(["--resume", str(run), "--epochs", "2"]) == 0
+
+
 def test_what_changed_since_the_checkpoint_is_said_or_refused(settings, tmp_path, capsys):
     folder = tmp_path / "run"
     assert launcher.main([*settings, "--epochs", "1", "--out", str(folder)]) == 0

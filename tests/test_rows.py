@@ -443,7 +443,13 @@ def test_tables_in_files_train_like_tables_in_memory(tmp_path, name):
         assert torch.equal(rows, finals[1][table])
     on_disk = np.fromfile(tmp_path / "rows" / "0.t0.float32", np.float32).reshape(-1, DIM)
     np.testing.assert_array_equal(on_disk, finals[0]["bags.0.weight"].numpy())
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="has not ended"):
+        RowFiles(tmp_path / "rows").create("t", (1, 1), torch.float32)
+    files.release()
+    RowFiles(tmp_path / "rows").create("t", (1, 1), torch.float32)
+    assert sorted(p.name for p in (tmp_path / "rows").iterdir()) == ["0.t.float32", "rows.json"]
+    (tmp_path / "rows" / "mine").touch()
+    with pytest.raises(UserError, match="holds mine"):
         RowFiles(tmp_path / "rows")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import EVERY_DEVICE, ROOT, launch_script, needs_xla
+from safetensors.torch import load_file
 from sklearn.metrics import log_loss
 
 from dlrm_xla import checkpoint, registry
@@ -368,7 +369,14 @@ def test_large_tables_may_lie_in_files(tmp_path):
     flags = [*QUICK, "--min-count", "0", "--config", str(file), "--memory", "10MB"]
     assert launcher.main([*flags, "--out", str(out)]) == 0
     assert [p.name for p in rows.iterdir() if ".C2." in p.name] == ["0.C2.float32"]
-    assert launcher.main([*flags, "--out", str(tmp_path / "again")]) == 2  # the files are not empty
+    # A run's files are of no use after it, so another one, or the same one that goes on, takes their place.
+    assert launcher.main(["--resume", str(out), "--epochs", "2"]) == 0
+    assert launcher.main([*flags, "--epochs", "2", "--out", str(tmp_path / "again")]) == 0
+    lasts = [load_file(run / "checkpoints" / "last.safetensors") for run in (out, tmp_path / "again")]
+    assert torch.equal(*(last["model.bags.1.weight"] for last in lasts))
+    (rows / "mine.txt").write_text("nobody's but the user's")
+    assert launcher.main([*flags, "--out", str(tmp_path / "third")]) == 2
+    assert (rows / "mine.txt").exists()
 
 
 @needs_xla

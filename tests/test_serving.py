@@ -1,5 +1,6 @@
 """What a checkpoint is good for after training: predictions, programs, and weights of the reference's script."""
 
+import importlib.util
 import json
 import re
 
@@ -152,6 +153,22 @@ def test_a_checkpoint_is_exported_from_the_command_line(run, tmp_path, capsys):
         torch.testing.assert_close(program(*inputs), scorer(*inputs), atol=1e-6, rtol=1e-5)
     assert launcher.main(["--export", str(best), "--out", str(tmp_path / "e")]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert launcher.main(["--export", str(best), "--out", str(tmp_path / "one"), "--batch-size", "1"]) == 0
+    program = torch.export.load(tmp_path / "one" / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(*inputs), scorer(*inputs), atol=1e-6, rtol=1e-5)
+
+
+def test_how_a_model_was_trained_does_not_bind_who_scores_it(tmp_path):
+    pytest.importorskip("fbgemm_gpu")
+    (tmp_path / "c.yaml").write_text("row_kernels: fbgemm\nmicro_batches: 4\nbatch_size: 256\n")
+    out = tmp_path / "run"
+    assert launcher.main([*QUICK, "--config", str(tmp_path / "c.yaml"), "--out", str(out)]) == 0
+    best = str(out / "checkpoints" / "best.safetensors")
+    flags = ["--batch-size", "1001", "--out", str(tmp_path / "p.parquet")]
+    assert launcher.main(["--evaluate", best, *flags]) == 0
+    if importlib.util.find_spec("torch_xla"):
+        assert launcher.main(["--evaluate", best, "--device", "xla"]) == 0
 
 
 @pytest.mark.parametrize(
