@@ -49,7 +49,8 @@ def _scatter(array: Tensor, ids_N: Tensor, values: Tensor, add: bool) -> None:
 
 
 def _cpu() -> Device:
-    description = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    description = f"CPU, {threads} thread{'s' * (threads > 1)}"
     device = torch.device("cpu")
     rows = RowAccess("a CPU", _gather, _scatter, _sum_rows, adds_duplicates=True, files=True)
     memory = machine_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import statistics
 import time
@@ -299,7 +300,7 @@ class Outcome:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals(shown: bool = True) -> Iterator[Callable[[], bool]]:
     """Turns the first SIGINT or SIGTERM into a question to ask after each step; a second one ends at once."""
     asked: list[int] = []
 
@@ -307,6 +308,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        if shown:  # written without a buffer, which whoever was interrupted may be in the middle of
+            os.write(2, b"\nstopping after this step, then saving; the same again stops at once\n")
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -387,7 +390,10 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
         saved_at = time.monotonic()
 
     shown = steps.ranks.first
-    with stop_signals() as asked_to_stop, Progress(per_epoch * config.epochs, config.batch_size, shown) as progress:
+    with (
+        stop_signals(shown) as asked_to_stop,
+        Progress(per_epoch * config.epochs, config.batch_size, shown) as progress,
+    ):
         epoch, number = divmod(outcome.steps, per_epoch)
         progress.skip(outcome.steps)
         outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain

@@ -12,6 +12,7 @@ they do not compare.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,11 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         _check_one_setting(group)
         seeds = [r["seed"] for r in group]
         if len(set(seeds)) < len(seeds):
-            raise UserError(f"two runs of {plugin} at ratio {ratio:g} on {device} have one seed: {sorted(seeds)}")
+            one, other = next((a, b) for a, b in itertools.combinations(group, 2) if a["seed"] == b["seed"])
+            raise UserError(
+                f"{one['folder']} and {other['folder']} would be one row, for both are {plugin} on {device} with the "
+                f"same sizes and rates, and have the seed {one['seed']}. Give one of the two, or runs of several seeds."
+            )
         row: dict[str, Any] = {"plugin": plugin, "ratio asked": ratio, "device": device, "rates": rates}
         row |= {"minimum count": count}
         row |= {"seeds": len(seeds), "bytes": round(statistics.mean(r["embedding_bytes"] for r in group))}
@@ -93,7 +98,9 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [r[name] for r in group]
             row[name] = statistics.mean(values)
             row[f"{name} spread"] = max(values) - min(values)
-        row["samples/s"] = statistics.median(r["train_samples_per_second"] for r in group)
+        # A run that was compressed, or went on for no step, has none.
+        speeds = [r["train_samples_per_second"] for r in group if r["train_samples_per_second"] is not None]
+        row["samples/s"] = statistics.median(speeds) if speeds else None
         found.append(row)
     return sorted(found, key=lambda r: (r["ratio asked"], -r["auc"]))
 
@@ -117,9 +124,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for r in found:
         name = f"`{r['plugin']}`" + (f" on {r['device']}" if several else "")
         asked = f"{r['ratio asked']:g}x" if r["ratio asked"] else ""
+        speed = "" if r["samples/s"] is None else f"{r['samples/s']:,.0f}"
         lines.append(
             f"| {name} | {asked} | {r['ratio']:,.1f}x | {r['bytes']:,} | {r['training bytes']:,} | {r['auc']:.4f} | "
-            f"{r['auc spread']:.4f} | {r['log_loss']:.4f} | {r['log_loss spread']:.4f} | {r['samples/s']:,.0f} | "
+            f"{r['auc spread']:.4f} | {r['log_loss']:.4f} | {r['log_loss spread']:.4f} | {speed} | "
             f"{r['minimum count']} | {r['rates']} | {r['seeds']} |"
         )
     return "\n".join(lines)

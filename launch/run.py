@@ -95,7 +95,8 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     torch.manual_seed(config.seed)
     device = open_device(config.device, hosts=True)
     guards.announce(device, config.precision)
-    if not config.data and ranks.part[1] == 1:  # refused now rather than after minutes of drawing rows
+    # Refused now rather than after minutes of drawing rows; a ratio is of the ids that these rows will have.
+    if not config.data and not config.ratio and ranks.part[1] == 1:
         make_plan(config, device, device.rows, None).check_memory()
     dataset, best_auc = ranks.in_turn(lambda: open_data(config)) if config.data else open_data(config)
     warnings: list[str] = []
@@ -108,6 +109,19 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     fingerprint = check_data(dataset, start[1] if start else None, noted)
     several_ranks.check_data(fingerprint, ranks)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=device.pinned)
+    first, stop = dataset.splits["train"]
+    if config.batch_size > (train_rows := stop - first):
+        noted(
+            f"a batch of {config.batch_size:,} has room for more samples than the {train_rows:,} training rows: the "
+            "rest is padding, which takes time and memory. Take a smaller --batch-size."
+        )
+    if resumed and start:
+        finished, total = Outcome(**start[1]["outcome"]), loader.num_batches("train") * config.epochs
+        if ranks.from_first(partial(is_finished, resumed, config, finished, total)):
+            print(
+                f"{resumed} is finished, at step {finished.steps:,} of {total:,}: its report stays. --epochs trains on."
+            )
+            return 0
     plan = make_plan(config, device, device.rows, dataset, ranks)
     if start:
         check_same_tables(start[1], serving.describe(config, plan.bags, *dataset.shape))
@@ -166,6 +180,8 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         report["data"] = {name: fingerprint[name] for name in ("num_rows", "vocabulary", "rows")}
         folder.plot(f"{title(report)}: test AUC {result['auc']:.4f}", base["log_loss"], best_auc)
         folder.report(report)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(folder.path)) from error
     finally:
         folder.close()
         if plan.files:
@@ -210,6 +226,17 @@ def find_start(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | No
     return found
 
 
+def is_finished(folder: Path, config: Config, outcome: Outcome, total: int) -> bool:
+    """Whether a run has nothing left to do: no step, and a report of the last one."""
+    if outcome.steps < total and not 0 < config.patience <= outcome.validations_without_gain:
+        return False
+    try:
+        report = json.loads((folder / "report.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(report.get("steps") == outcome.steps and not report.get("interrupted"))
+
+
 def check_same_tables(about: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a UserError where a plan has other tables than the checkpoint, before anything is written."""
     for ours, theirs in zip(now["tables"], about["model"]["tables"], strict=True):
@@ -240,6 +267,13 @@ def check_best(checkpoints: CheckpointFolder, outcome: Outcome, say: Callable[[s
         say(f"{error} The best checkpoint is now the next one with a validation.")
         fresh = Outcome()
         outcome.best_step, outcome.best_log_loss, outcome.best_auc = 0, fresh.best_log_loss, fresh.best_auc
+
+
+def stopped_at_once(folder: str) -> int:
+    """Says how a run goes on whose folder this is; "" where it has none."""
+    on = f"--resume {folder} goes on from its last checkpoint" if folder else "nothing is lost that was saved before"
+    print(f"stopped at once; {on}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -293,10 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = UserError(f"{error}. Look at the disk and the permissions there, and run again.")
         print(ranks.failed(error), file=sys.stderr)
         return ranks.end(2)
-    except KeyboardInterrupt:
-        print("stopped at once; --resume RUN goes on from its last checkpoint", file=sys.stderr)
-        return ranks.end(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return ranks.end(stopped_at_once(str(error)))
     except Exception as error:  # the others must hear of it, whatever it is
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # stopped within a class's definition
+            return ranks.end(stopped_at_once(""))
         if ranks is ALONE:
             raise
         traceback.print_exc()

@@ -87,4 +87,11 @@ def print_results(report: dict[str, Any], base: dict[str, float], best_auc: floa
     )
     if report["compiles"]:
         print(f"graphs              {report['compiles']} compiled, {report['fallbacks']} operations on the CPU instead")
+    if report["stopped_early"]:
+        print(
+            f"stopped early       validation log loss fell no more (--patience); scored is the best step, "
+            f"{report['best_step']:,} of {report['steps']:,}"
+        )
     print(f"run folder          {path}")
+    if report["interrupted"]:
+        print(f"to go on            launch/run.py --resume {path}")

@@ -45,6 +45,8 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     saved = {k: v for k, v in about["config"].items() if k not in ("out", "row_files")}
     config, _ = resolve({**saved, **_UNTRAINED, **given}, None)
+    if not config.data and "data" not in about:
+        raise UserError(f"--evaluate {path}: the checkpoint does not know its data. Give --data.")
     device = open_device(config.device)
     announce(device, config.precision)
     dataset, _ = open_data(config)

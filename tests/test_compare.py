@@ -74,7 +74,7 @@ def test_a_file_gets_table_and_plot_between_its_markers(run_folder, tmp_path, ca
         ({"exact_embedding_bytes": 5}, "ran on other data"),
         ({"interrupted": True}, "was interrupted"),
         ({"data": "/somewhere/other.tsv"}, "has data other.tsv"),
-        ({}, r"two runs of a at ratio 10 on cpu have one seed: \[0, 0\]"),
+        ({}, r"both are a on cpu with the same sizes"),
         ({"min_rows": 10}, "has min_rows 1000, .* has 10: both are a on cpu, and would be one row"),
         ({"tables": {"C1": "int4"}}, "has tables {}, .* has {'C1': 'int4'}"),
     ],

@@ -261,6 +261,22 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(settings, tmp_
     assert "no checkpoint of" in capsys.readouterr().err
 
 
+def test_a_finished_run_keeps_its_report(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert launcher.main([*settings, "--epochs", "1", "--out", str(run)]) == 0
+    before = (run / "report.json").read_bytes()
+    assert launcher.main(["--resume", str(run)]) == 0
+    assert "is finished, at step" in capsys.readouterr().out
+    assert (run / "report.json").read_bytes() == before
+    (run / "report.json").unlink()  # as after a kill while the last rows were scored
+    assert launcher.main(["--resume", str(run)]) == 0
+    after = json.loads((run / "report.json").read_text())
+    assert after["auc"] == json.loads(before)["auc"]
+    # Its steps were an earlier process's, so it has no speed; a table of results has an empty place there.
+    assert after["train_samples_per_second"] is None
+    assert launch_script("compare").main([str(run)]) == 0
+
+
 def test_a_memory_that_sizes_the_plugin_otherwise_is_refused_and_the_run_stays(tmp_path, capsys):
     flags = ["--synthetic-rows", "7000", "--min-count", "1", "--plugin", "hash_rows", "--memory", "900kB"]
     run = tmp_path / "run"
