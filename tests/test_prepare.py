@@ -173,6 +173,50 @@ def test_own_csv_and_parquet_by_yaml(tmp_path):
     np.testing.assert_array_equal(data.bags.offsets, again.bags.offsets)
 
 
+def clicks(rows, **columns):
+    """Columns of a log whose labels are 0 and 1 by turns, and whose price is the number of the row."""
+    return {"y": [k % 2 for k in range(rows)], "price": [float(k) for k in range(rows)], **columns}
+
+
+def write_layout(path, kind, *categories, more=""):
+    text = "".join(f"  - {c}\n" for c in categories)
+    path.write_text(f"format: {kind}\nlabel: y\ndense: [price]\ncategories:\n{text}{more}")
+
+
+def write_log(folder, kind, columns, *categories, more=""):
+    """A log of these columns, CSV or Parquet, and its layout; the arguments that prepare it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    log = folder / f"log.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), log)
+    else:
+        with log.open("w", newline="") as file:
+            csv.writer(file).writerows([columns.keys(), *zip(*columns.values(), strict=True)])
+    write_layout(folder / "log.yaml", kind, *categories, more=more)
+    return log, "--format", folder / "log.yaml"
+
+
+def values_of(data, truth):
+    """How many values each id of the first category stands for, where rows are in the log's order."""
+    found = collections.defaultdict(set)
+    slots = data.slots(np.arange(len(truth)))
+    for values, ids in zip(truth, slots[:, : data.bag_lengths[0]], strict=True):
+        assert (ids >= 0).sum() == len(values)
+        for value, number in zip(values, ids, strict=False):
+            found[int(number)].add(value)
+    return {number: len(values) for number, values in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_missing_values_shift_no_others_where_a_category_may_hold_several(tmp_path, kind):
+    single = [None if k % 3 == 0 else f"v{k % 7}" for k in range(200)]
+    arguments = write_log(tmp_path, kind, clicks(200, c=single), "{column: c, at_most: 3}")
+    data = prepared_by(tmp_path / "p", *arguments)
+    assert values_of(data, [[v] if v else [] for v in single]) == dict.fromkeys(range(1, 8), 1)
+
+
 def test_criteo_terabyte_is_a_folder_of_days(tmp_path):
     rng = np.random.default_rng(5)
     days = tmp_path / "days"

@@ -255,7 +255,10 @@ def _codes(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.in
         codes = _from_text(column)
     if column.null_count:
         codes = np.where(column.is_null().to_numpy(zero_copy_only=False), MISSING, codes)
-    return codes, None if category.at_most == 1 else (codes != MISSING).astype(np.int32)
+    if category.at_most == 1:
+        return codes, None
+    present = codes != MISSING
+    return codes[present], present.astype(np.int32)
 
 
 def _several(column: Any, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

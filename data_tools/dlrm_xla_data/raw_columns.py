@@ -95,6 +95,9 @@ class RawColumns:
             lengths = parsed.lengths[k]
             if self.several[k] and lengths is None:
                 lengths = np.ones(len(parsed.labels), np.int32)
+            expected = len(parsed.labels) if lengths is None else int(lengths.sum())
+            if len(parsed.codes[k]) != expected:  # all further values would go to other rows
+                raise RuntimeError(f"category {k} has {len(parsed.codes[k]):,} codes, expected {expected:,}")
             arrays[f"{k}.lengths"] = lengths
         for name, file in self._files.items():
             array = arrays[name]
