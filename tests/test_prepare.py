@@ -387,6 +387,25 @@ def test_layouts_that_cannot_be_meant(tmp_path, text, match):
         find_layout(str(tmp_path / "l.yaml"), [tmp_path / "l.csv"])
 
 
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("y,b,a,price", "has 'b' as column 2, .*day_1.csv 'a'"),
+        ("y,a,price", "has 3 columns, .*day_1.csv 4"),
+        ("0,1,2,3", "has '0' as column 1"),
+    ],
+)
+def test_files_with_other_headers_are_refused(tmp_path, header, said):
+    write_layout(tmp_path / "l.yaml", "csv", "a", "b")
+    files = [tmp_path / f"day_{k}.csv" for k in range(1, 4)]
+    for file in files:
+        file.write_text('y,"a",b,price\n0,1,2,3\n')
+    find_layout(str(tmp_path / "l.yaml"), files)
+    files[2].write_text(f"{header}\n0,1,2,3\n")
+    with pytest.raises(UserError, match=rf"day_3.csv, line 1: the header {said}.*same order"):
+        find_layout(str(tmp_path / "l.yaml"), files)
+
+
 def test_commands_that_cannot_be_meant(small_log, tmp_path, capsys):
     for arguments, expected in (
         (["--format", "criteoo"], "did you mean 'criteo'"),

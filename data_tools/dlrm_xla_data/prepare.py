@@ -85,10 +85,28 @@ def find_layout(name: str, files: Sequence[Path]) -> tuple[Layout, str]:
     else:
         raise UserError(f"--format {name}: {choices(name, FORMATS)}, or a YAML file")
     if layout.header:
-        header = lines.first_line(files[0]).decode("utf-8", "replace")
-        names = [n.strip().strip('"') for n in header.split(layout.delimiter)]
+        names = _header(files[0], layout)
         layout = layout.with_columns(names, files[0])
+        for file in files[1:]:
+            _expect_header(file, _header(file, layout), names, files[0])
     return layout, protocol
+
+
+def _header(file: Path, layout: Layout) -> list[str]:
+    header = lines.first_line(file).decode("utf-8", "replace")
+    return [n.strip().strip('"') for n in header.split(layout.delimiter)]
+
+
+def _expect_header(file: Path, names: list[str], expected: list[str], first: Path) -> None:
+    """Raises UserError where a file's columns are not those of the first one, by which all are read."""
+    if names == expected:
+        return
+    if len(names) != len(expected):
+        differs = f"{len(names)} columns, {first} {len(expected)}"
+    else:
+        k = next(k for k, (a, b) in enumerate(zip(names, expected, strict=True)) if a != b)
+        differs = f"{names[k]!r} as column {k + 1}, {first} {expected[k]!r}"
+    raise UserError(f"{file}, line 1: the header has {differs}. Give all files the same columns in the same order.")
 
 
 def find_sources(source: Path, name: str) -> list[Path]:
