@@ -524,6 +524,33 @@ sys.exit(__main__.main(["prepare", sys.argv[1], sys.argv[2], "--format", "criteo
     np.testing.assert_array_equal(open_prepared(tmp_path / "p").ids, whole.ids)
 
 
+def test_a_preparation_killed_while_counting_counts_nothing_twice(small_log, tmp_path):
+    script = """
+import os, signal, sys
+from dlrm_xla_data import __main__, assembly, protocols, raw_columns, vocabulary
+raw_columns.CHUNK = protocols.CHUNK = assembly.CHUNK = 64
+vocabulary.MOST_IN_MEMORY, vocabulary._RUN_VALUES = 100, 50
+spill, calls = vocabulary._Counts._spill, []
+
+def killed(self):
+    spill(self)
+    calls.append(self)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[3] == "killed":
+    vocabulary._Counts._spill = killed
+sys.exit(__main__.main(["prepare", sys.argv[1], sys.argv[2], "--format", "criteo"]))
+"""
+    command = [sys.executable, "-c", script, str(small_log), str(tmp_path / "p")]
+    assert subprocess.run([*command, "killed"], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("p.unfinished/columns/*.vocabulary/*.spilled"))
+    subprocess.run([*command, "again"], check=True, capture_output=True)
+    whole, data = prepared_by(tmp_path / "q", small_log, "--format", "criteo"), open_prepared(tmp_path / "p")
+    np.testing.assert_array_equal(data.ids, whole.ids)
+    np.testing.assert_array_equal(np.concatenate(data.counts), np.concatenate(whole.counts))
+
+
 LINE = "\t".join(["1", *map(str, range(13)), *(f"{k:08x}" for k in range(26))])
 
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -367,7 +368,9 @@ def _write_ids(columns: RawColumns, k: int, name: str, split: Split, limits: Lim
     if ids_file.is_file() and counts_file.is_file():
         return counts_file.stat().st_size // 8
     scratch = columns.folder / f"{k}.vocabulary"
-    scratch.mkdir(exist_ok=True)
+    if scratch.exists():
+        shutil.rmtree(scratch)  # what a killed process had counted already would be counted twice
+    scratch.mkdir()
 
     def training() -> Iterator[Codes]:
         for codes, part in zip(columns.codes(k), columns.spread(k, split.parts()), strict=True):
