@@ -217,6 +217,14 @@ def test_missing_values_shift_no_others_where_a_category_may_hold_several(tmp_pa
     assert values_of(data, [[v] if v else [] for v in single]) == dict.fromkeys(range(1, 8), 1)
 
 
+@pytest.mark.parametrize("name", ["clicks/user", "n" * 400])
+def test_a_category_may_have_any_name(tmp_path, name):
+    values = [f"v{k % 7}" for k in range(60)]
+    data = prepared_by(tmp_path / "p", *write_log(tmp_path, "csv", clicks(60, **{name: values}), name))
+    assert data.names == [name]
+    assert values_of(data, [[v] for v in values]) == dict.fromkeys(range(1, 8), 1)
+
+
 def test_criteo_terabyte_is_a_folder_of_days(tmp_path):
     rng = np.random.default_rng(5)
     days = tmp_path / "days"

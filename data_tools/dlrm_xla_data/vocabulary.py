@@ -43,11 +43,9 @@ class Limits:
 class Vocabulary:
     """Codes and ids of one column, in parts of rising ranges of codes, kept in files."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder = folder
-        self.name = name
+    def __init__(self, folder: Path) -> None:
         self.parts: list[tuple[Path, Path]] = []
-        self.counts: Path = folder / f"{name}.counts"
+        self.counts: Path = folder / "counts"
         self.num_ids = 0
 
     def ids(self, codes: Codes) -> NDArray[np.int32]:
@@ -74,14 +72,14 @@ class Vocabulary:
 
 
 def build_vocabulary(folder: Path, name: str, training_codes: Chunks, limits: Limits) -> Vocabulary:
-    """Counts a column's values in training and gives them ids.
+    """Counts a column's values in training and gives them ids; the folder must be this column's alone.
 
     Raises UserError where more values than int32 can name would get one.
     """
-    counted = _Counts(folder, name)
+    counted = _Counts(folder)
     for codes in training_codes():
         counted.add(codes)
-    vocabulary = Vocabulary(folder, name)
+    vocabulary = Vocabulary(folder)
     parts = counted.finish(limits.min_count)
     # How many values occur so often: as many numbers as there are different counts.
     frequencies, numbers = _frequencies(parts)
@@ -176,9 +174,8 @@ def _merged(runs: list[Run]) -> Run:
 class _Counts:
     """Counts of values, in memory while they fit, else in files by ranges of codes."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.name = name
         self._pending: list[Codes] = []
         self._runs: list[Run] = []
         self._borders: Codes | None = None
@@ -212,7 +209,7 @@ class _Counts:
                 file.write(np.stack([codes[piece], counts[piece]], 1).data)
 
     def _spilled(self, part: int) -> Path:
-        return self.folder / f"{self.name}.{part}.spilled"
+        return self.folder / f"{part}.spilled"
 
     def finish(self, min_count: int) -> list[tuple[Path, Path]]:
         """Files of codes and of counts, a pair for each range."""
@@ -229,7 +226,7 @@ class _Counts:
         return result
 
     def _write(self, part: int, run: Run, min_count: int) -> tuple[Path, Path]:
-        values, counts = self.folder / f"{self.name}.{part}.values", self.folder / f"{self.name}.{part}.ids"
+        values, counts = self.folder / f"{part}.values", self.folder / f"{part}.ids"
         enough = run[1] >= min_count
         run[0][enough].tofile(values)
         run[1][enough].tofile(counts)
