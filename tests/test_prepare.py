@@ -225,6 +225,17 @@ def test_a_category_may_have_any_name(tmp_path, name):
     assert values_of(data, [[v] for v in values]) == dict.fromkeys(range(1, 8), 1)
 
 
+def test_a_protocol_takes_parts_for_no_times_and_times_for_no_parts(tmp_path, capsys):
+    parts = [("train", "validation", "test")[k % 3] for k in range(60)]
+    by_part = write_log(tmp_path, "csv", clicks(60, c=["v"] * 60, part=parts), "c", more="split: part\n")
+    data = prepared_by(tmp_path / "p", *by_part, "--protocol", "chronological")
+    assert data.splits == {"train": (0, 48), "validation": (48, 54), "test": (54, 60)}
+    np.testing.assert_array_equal(data.dense[:, 0], np.arange(60))
+    by_time = write_log(tmp_path, "csv", clicks(60, c=["v"] * 60, seconds=range(60)), "c", more="time: seconds\n")
+    assert main(["prepare", *map(str, (by_time[0], tmp_path / "q", *by_time[1:])), "--protocol", "column"]) == 2
+    assert "--protocol column needs a layout with `split: COLUMN`" in capsys.readouterr().err
+
+
 def test_criteo_terabyte_is_a_folder_of_days(tmp_path):
     rng = np.random.default_rng(5)
     days = tmp_path / "days"

@@ -63,7 +63,7 @@ def chronological(columns: RawColumns, rows_of_files: Sequence[int], seed: int) 
     """
     total = columns.num_rows
     bounds = (total * 8 // 10, total * 9 // 10)
-    if not (columns.folder / "order").exists():
+    if columns.order != "time":
         train, later = bounds
         return _from_ranges({"train": (0, train), "validation": (train, later), "test": (later, total)})
     first, second = (_nth(columns, place) for place in bounds)
@@ -93,7 +93,7 @@ def random_811(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> 
 
 def column(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
     """As the layout's split column says."""
-    if not (columns.folder / "order").exists():
+    if columns.order != "split":
         raise UserError("--protocol column needs a layout with `split: COLUMN`")
 
     def parts() -> Iterator[NDArray[np.int8]]:

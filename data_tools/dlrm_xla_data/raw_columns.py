@@ -26,7 +26,7 @@ class RawColumns:
     """Appends parsed rows to files, and reads them back in chunks.
 
     Files: ``labels`` int8, ``dense`` float32 row by row, ``<k>.codes`` int64 and, where a category may have several
-    values a row, ``<k>.lengths`` int32; ``order`` int64 if rows have a time or a part.
+    values a row, ``<k>.lengths`` int32; ``order`` int64 if rows have a time or a part, and ``.order`` says which.
     """
 
     def __init__(self, folder: Path, layout: Layout, key: dict[str, Any]) -> None:
@@ -40,7 +40,8 @@ class RawColumns:
             self._types[f"{k}.codes"] = (np.int64, 1)
             if several:
                 self._types[f"{k}.lengths"] = (np.int32, 1)
-        if layout.time or layout.split:
+        self.order = "time" if layout.time else "split" if layout.split else ""
+        if self.order:
             self._types["order"] = (np.int64, 1)
         self._files: dict[str, BinaryIO] = {}
         self.num_rows = 0
