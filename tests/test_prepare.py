@@ -217,6 +217,32 @@ def test_missing_values_shift_no_others_where_a_category_may_hold_several(tmp_pa
     assert values_of(data, [[v] if v else [] for v in single]) == dict.fromkeys(range(1, 8), 1)
 
 
+@pytest.mark.parametrize("category", ["tags", "{column: tags, at_most: 1}", "{column: tags, at_most: 3}"])
+@pytest.mark.parametrize("kind", [str, int])
+def test_a_parquet_column_of_lists_is_a_bag_however_it_is_named(tmp_path, category, kind):
+    lists = [[kind(10 + (k + t) % 12) for t in range(k % 6)] or (None if k % 4 else []) for k in range(120)]
+    data = prepared_by(tmp_path / "p", *write_log(tmp_path, "parquet", clicks(120, tags=lists), category))
+    most = {"tags": 10, "{column: tags, at_most: 3}": 3}.get(category, 1)
+    if most == 1:
+        assert data.bags is None
+        assert values_of(data, [[v[0] if v else None] for v in lists]) == dict.fromkeys(range(11), 1)
+    else:
+        assert values_of(data, [(v or [])[:most] for v in lists]) == dict.fromkeys(range(1, 13), 1)
+
+
+def test_one_file_of_lists_makes_bags_of_all(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "days").mkdir()
+    for day, tags in enumerate([["a", None, "b"] * 20, [["a", "b"], [], ["c"]] * 20]):
+        pq.write_table(pa.table(clicks(60, tags=tags)), tmp_path / "days" / f"{day}.parquet")
+    write_layout(tmp_path / "l.yaml", "parquet", "tags")
+    data = prepared_by(tmp_path / "p", tmp_path / "days", "--format", tmp_path / "l.yaml")
+    truth = [["a"], [], ["b"]] * 20 + [["a", "b"], [], ["c"]] * 20
+    assert values_of(data, truth) == dict.fromkeys(range(1, 4), 1)
+
+
 @pytest.mark.parametrize("name", ["clicks/user", "n" * 400])
 def test_a_category_may_have_any_name(tmp_path, name):
     values = [f"v{k % 7}" for k in range(60)]

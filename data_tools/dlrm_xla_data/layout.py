@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from dlrm_xla.errors import UserError, choices
 
 TRANSFORMS = ("none", "log1p")
 HEX, NUMBER, TEXT = "hexadecimal", "integer", "text"
+_SEVERAL = 10
 
 
 @dataclass(frozen=True)
 class Category:
-    """A categorical column: how its values are written, and for several in one field what separates them."""
+    """A categorical column: how its values are written, and for several in one field what separates them.
+
+    ``at_most`` is 0 until a Parquet file says whether the column is one of lists, see `Layout.with_lists`.
+    """
 
     name: str
     kind: str = TEXT
@@ -74,6 +78,15 @@ class Layout:
         if missing:
             raise UserError(f"{file} has no column {missing[0]!r}: {choices(missing[0], names)}")
         return replace(self, columns=tuple(names))
+
+    def with_lists(self, lists: Collection[str]) -> Layout:
+        """The same for Parquet files where these columns are lists, for categories that do not say ``at_most``."""
+        return replace(
+            self,
+            categories=tuple(
+                c if c.at_most else replace(c, at_most=_SEVERAL if c.name in lists else 1) for c in self.categories
+            ),
+        )
 
 
 def criteo() -> Layout:
@@ -251,6 +264,8 @@ def from_yaml(path: Path) -> Layout:
         split=loaded.get("split"),
         parquet=kind == "parquet",
     )
+    if not layout.parquet:
+        layout = layout.with_lists(())
     names = [c.name for c in layout.categories]
     twice = [n for n in names if names.count(n) > 1]
     if twice:
@@ -260,7 +275,7 @@ def from_yaml(path: Path) -> Layout:
 
 def _category(path: Path, entry: Any) -> Category:
     if not isinstance(entry, dict):
-        return Category(str(entry))
+        return Category(str(entry), at_most=0)
     known = ("column", "kind", "separator", "at_most")
     for key in entry:
         if key not in known:
@@ -271,8 +286,8 @@ def _category(path: Path, entry: Any) -> Category:
     if kind not in (HEX, NUMBER, TEXT):
         raise UserError(f"{path}: category {entry['column']!r}: kind {choices(kind, (HEX, NUMBER, TEXT))}")
     separator = str(entry.get("separator", ""))
-    at_most = int(_number(path, "at_most", entry.get("at_most", 10 if separator else 1)))
-    if at_most < 1:
+    at_most = int(_number(path, "at_most", entry.get("at_most", _SEVERAL if separator else 0)))
+    if at_most < 1 and "at_most" in entry:
         raise UserError(f"{path}: category {entry['column']!r}: at_most is {at_most}, but must be at least 1")
     if separator and kind != TEXT:
         raise UserError(f"{path}: category {entry['column']!r}: several values in one field are read as text")

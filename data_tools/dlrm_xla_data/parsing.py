@@ -10,7 +10,7 @@ import csv as python_csv
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,26 @@ def parse(block: Block, layout: Layout, keep_good: bool = False) -> Parsed:
 
 def _last_line(block: Block) -> int:
     return block.first_line + block.data.count(b"\n") - 1
+
+
+def list_columns(files: Sequence[Path]) -> set[str]:
+    """Columns that are lists in any of these Parquet files; UserError where one cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    for path in files:
+        try:
+            found |= {field.name for field in pq.read_schema(path) if _is_list(field.type)}
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+    return found
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[Parsed, int]]:
@@ -239,12 +259,17 @@ def _codes(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.in
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    several = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    several = _is_list(column.type)
     if category.separator:
         split = pc.split_pattern(column.fill_null(b""), category.separator.encode())
         column, several = split, True
     if several:
-        return _several(column, category.at_most)
+        codes, lengths = _several(column, category.at_most)
+        if category.separator or category.at_most > 1:
+            return codes, lengths
+        single = np.full(len(column), MISSING, np.int64)
+        single[lengths > 0] = codes
+        return single, None
     if pa.types.is_integer(column.type):
         codes = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
     elif category.kind == HEX:

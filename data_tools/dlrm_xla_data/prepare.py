@@ -32,7 +32,7 @@ from dlrm_xla_data import lines
 from dlrm_xla_data.assembly import assemble, sha256
 from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.lines import Block, Digests, Place
-from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, parse, parse_parquet
+from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, list_columns, parse, parse_parquet
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared, read_meta, save_meta, written_whole
 from dlrm_xla_data.protocols import PROTOCOLS, TRAIN, Split, make_split
 from dlrm_xla_data.raw_columns import RawColumns
@@ -90,6 +90,8 @@ def find_layout(name: str, files: Sequence[Path]) -> tuple[Layout, str]:
         layout = layout.with_columns(names, files[0])
         for file in files[1:]:
             _expect_header(file, _header(file, layout), names, files[0])
+    if layout.parquet:
+        layout = layout.with_lists(list_columns(files))
     return layout, protocol
 
 
