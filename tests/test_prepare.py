@@ -243,6 +243,90 @@ def test_one_file_of_lists_makes_bags_of_all(tmp_path):
     assert values_of(data, truth) == dict.fromkeys(range(1, 4), 1)
 
 
+def typed(kind):
+    """Values of a type of Parquet, as they are written and as plain values; 7 different ones and missing ones."""
+    import datetime
+
+    import pyarrow as pa
+
+    plain = [None if k % 5 == 0 else k % 7 for k in range(210)]
+
+    def made(value_of, dtype):
+        return pa.array([None if v is None else value_of(v) for v in plain], dtype), plain
+
+    day = datetime.datetime(2024, 2, 28)
+    return {
+        "float": lambda: made(float, pa.float32()),
+        "nan": lambda: (pa.array([float("nan") if v is None else float(v) for v in plain]), plain),
+        "bool": lambda: (pa.array([None if v is None else v > 3 for v in plain]), [v and v > 3 for v in plain]),
+        "date": lambda: made(lambda v: (day + datetime.timedelta(v)).date(), pa.date32()),
+        "milliseconds": lambda: made(lambda v: day + datetime.timedelta(0, v), pa.timestamp("ms")),
+        "nanoseconds": lambda: made(lambda v: day + datetime.timedelta(v), pa.timestamp("ns", "UTC")),
+        "dictionary": lambda: (made(str, pa.string())[0].dictionary_encode(), plain),
+        "bytes": lambda: made(lambda v: b"%02d" % v, pa.binary(2)),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["float", "nan", "bool", "date", "milliseconds", "nanoseconds", "dictionary", "bytes"])
+@pytest.mark.parametrize("in_lists", [False, True])
+def test_parquet_categories_of_any_type_have_codes(tmp_path, kind, in_lists):
+    import pyarrow as pa
+
+    column, plain = typed(kind)
+    if in_lists:
+        column = pa.FixedSizeListArray.from_arrays(column, 2)
+        rows = [[v for v in pair if v is not None] for pair in zip(plain[::2], plain[1::2], strict=True)]
+    else:
+        rows = [[v] for v in plain]
+    data = prepared_by(tmp_path / "p", *write_log(tmp_path, "parquet", clicks(len(rows), c=column), "c"))
+    found = values_of(data, rows)
+    assert set(found.values()) == {1}
+    assert len(found) == len(set(plain)) - in_lists
+
+
+def test_whole_real_numbers_and_integers_are_one_value(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "days").mkdir()
+    write_layout(tmp_path / "l.yaml", "parquet", "{column: c, kind: integer}")
+    for day, dtype in enumerate((pa.int32(), pa.float64(), pa.int64())):
+        values = pa.array([k % 5 for k in range(40)], dtype)
+        pq.write_table(pa.table(clicks(40, c=values)), tmp_path / "days" / f"{day}.parquet")
+    data = prepared_by(tmp_path / "p", tmp_path / "days", "--format", tmp_path / "l.yaml")
+    assert values_of(data, [[k % 5] for k in range(120)]) == dict.fromkeys(range(1, 6), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "category", "said"),
+    [
+        ([1.0, 2.5], "c", "category c is double, and a value is not in whole integers of 64 bits: write it as text"),
+        ([1.0, 1e30], "c", "integers of 64 bits"),
+        ([{"a": 1}] * 2, "c", "category c is struct<a: int64>: write it as integers, text or dates"),
+        ([[[1]], [[2]]], "c", "category c is list"),
+        ([1, 2], '{column: c, separator: "|"}', "category c is int64, expected text, for it has a separator"),
+        (["a", "b"], "{column: c, kind: integer}", "category c is string, expected integers"),
+    ],
+)
+def test_parquet_categories_that_have_no_codes_are_named(tmp_path, capsys, values, category, said):
+    arguments = write_log(tmp_path, "parquet", clicks(60, c=values * 30), category)
+    assert main(["prepare", *map(str, (arguments[0], tmp_path / "p", *arguments[1:]))]) == 2
+    told = capsys.readouterr().err
+    assert "log.parquet, row" in told
+    assert said in told
+
+
+def test_a_csv_column_may_be_a_number_and_a_category(tmp_path, capsys):
+    values = [k % 7 if k % 5 else "" for k in range(105)]
+    log, *layout = write_log(tmp_path, "csv", clicks(105, price=values), "price")
+    data = prepared_by(tmp_path / "p", log, *layout)
+    assert values_of(data, [[v] for v in values]) == dict.fromkeys(range(8), 1)
+    np.testing.assert_array_equal(data.dense[:, 0], [v or 0 for v in values])
+    write_log(tmp_path, "csv", clicks(105, price=[*values[:60], 1.5, *values[61:]]), "price")
+    assert main(["prepare", *map(str, (log, tmp_path / "q", *layout))]) == 2
+    assert "log.csv, line 62: column price is '1.5', expected a whole number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["clicks/user", "n" * 400])
 def test_a_category_may_have_any_name(tmp_path, name):
     values = [f"v{k % 7}" for k in range(60)]
@@ -422,6 +506,7 @@ def test_a_quoted_line_break_is_a_bad_row_wherever_it_is(tmp_path, capsys):
         ("label: y\ncategories: [{column: c, kind: float}]\ndense: [x]\n", "kind"),
         ("label: {column: y, above: much}\ncategories: [c]\ndense: [x]\n", "above is 'much'"),
         ("label: y\ncategories: [c]\ndense: [x]\ntime: x\nsplit: c\n", "not both"),
+        ("label: y\ncategories: [{column: x, kind: hexadecimal}]\ndense: [x]\n", "'x' is hexadecimal, but elsewhere"),
         ("- y\n", "must be a mapping"),
     ],
 )

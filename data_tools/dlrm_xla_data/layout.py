@@ -266,6 +266,12 @@ def from_yaml(path: Path) -> Layout:
     )
     if not layout.parquet:
         layout = layout.with_lists(())
+        numbers = {layout.label, *layout.dense, layout.time}
+        for category in layout.categories:
+            if category.kind == HEX and category.name in numbers:
+                raise UserError(
+                    f"{path}: category {category.name!r} is hexadecimal, but elsewhere a number; give another kind"
+                )
     names = [c.name for c in layout.categories]
     twice = [n for n in names if names.count(n) > 1]
     if twice:

@@ -109,7 +109,7 @@ def list_columns(files: Sequence[Path]) -> set[str]:
 def _is_list(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[Parsed, int]]:
@@ -128,9 +128,9 @@ def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[
             table = pa.Table.from_batches([batch])
             try:
                 yield _columns(table, layout), row
-            except Misfit as misfit:
+            except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as misfit:
                 raise UserError(f"{path}, rows {row - batch.num_rows + 1} to {row}: {misfit}") from misfit
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
@@ -259,12 +259,18 @@ def _codes(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.in
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
     several = _is_list(column.type)
+    if not several:
+        column = _with_codes(column, category.name)
     if category.separator:
+        if several or pa.types.is_integer(column.type):
+            raise Misfit(f"category {category.name} is {column.type}, expected text, for it has a separator")
         split = pc.split_pattern(column.fill_null(b""), category.separator.encode())
         column, several = split, True
     if several:
-        codes, lengths = _several(column, category.at_most)
+        codes, lengths = _several(column, category)
         if category.separator or category.at_most > 1:
             return codes, lengths
         single = np.full(len(column), MISSING, np.int64)
@@ -286,12 +292,42 @@ def _codes(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.in
     return codes[present], present.astype(np.int32)
 
 
-def _several(column: Any, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The first ``at_most`` values of each row that are not empty; none is none, not a missing value."""
+def _with_codes(column: Any, name: str) -> Any:
+    """A category as integers, text or bytes: whole real numbers, booleans, dates and times are numbers, NaN is none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    flat, parents = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    try:
+        if pa.types.is_boolean(kind):
+            return column.cast(pa.int8())
+        if pa.types.is_date(kind):
+            return column.cast(pa.date32()).cast(pa.int32())
+        if pa.types.is_timestamp(kind):  # one value has one code, whatever the unit of its file
+            return column.cast(pa.timestamp("us", kind.tz)).cast(pa.int64())
+        if pa.types.is_floating(kind):
+            numbers = column.cast(pa.float64())
+            return pc.if_else(pc.is_nan(numbers), pa.scalar(None, pa.float64()), numbers).cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        held = "microseconds" if pa.types.is_timestamp(kind) else "integers of 64 bits"
+        raise Misfit(f"category {name} is {kind}, and a value is not in whole {held}: write it as text") from error
+    if pa.types.is_null(kind) or pa.types.is_fixed_size_binary(kind):
+        return column.cast(pa.binary())
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    if not (pa.types.is_integer(kind) or any(is_text(kind) for is_text in texts)):
+        raise Misfit(f"category {name} is {kind}: write it as integers, text or dates, or as lists of them")
+    return column
+
+
+def _several(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The first values of each row that are not empty, as many as there may be; none is none, not a missing value."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    flat = _with_codes(pc.list_flatten(column), category.name)
+    parents = pc.list_parent_indices(column).to_numpy()
     codes = (
         np.asarray(flat.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
         if pa.types.is_integer(flat.type)
@@ -304,7 +340,7 @@ def _several(column: Any, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.i
         ).to_numpy(zero_copy_only=False)
     codes, parents = codes[present], np.asarray(parents[present], np.int64)
     starts = np.searchsorted(parents, np.arange(len(column)))
-    kept = np.arange(len(parents)) - starts[parents] < at_most
+    kept = np.arange(len(parents)) - starts[parents] < category.at_most
     codes, parents = codes[kept], parents[kept]
     return codes, np.bincount(parents, minlength=len(column)).astype(np.int32)
 
@@ -373,6 +409,8 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[HEX]}"
         if value and category.kind == NUMBER and _integer(value) is None:
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[NUMBER]}"
+        if value and _is_real(layout, category.name) and not _is_whole(value):
+            return f"column {category.name} is {_shown(value)}, expected a whole number, for it is a category too"
     if layout.time and _integer(values[layout.time]) is None:
         return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer: it orders the rows"
     if layout.split and values[layout.split] not in [p.encode() for p in PARTS]:
@@ -403,6 +441,17 @@ def _is_number(value: bytes, most: float = sys.float_info.max) -> bool:
     """Whether Arrow reads a finite number of at most this size."""
     text = value.strip(b" \t")
     return bool(re.fullmatch(rb"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text)) and abs(float(text)) <= most
+
+
+def _is_real(layout: Layout, name: str) -> bool:
+    """Whether a column of text is read as real numbers, by what else than a category it is."""
+    real = (name in layout.dense and not layout.integers) or (name == layout.label and layout.above is not None)
+    return real and name != layout.time and layout.kind(name) != NUMBER
+
+
+def _is_whole(value: bytes) -> bool:
+    number = float(value.strip(b" \t"))
+    return number.is_integer() and -(2**63) <= number < 2**63
 
 
 def _shown(value: bytes) -> str:
