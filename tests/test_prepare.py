@@ -77,6 +77,26 @@ def test_avazu_equals_a_plain_reading(tmp_path):
     np.testing.assert_allclose(data.dense[:, 1], np.cos(hours / 24 * 2 * np.pi), atol=1e-6)
 
 
+@pytest.mark.parametrize("hour", ["14139900", "14102124", "141021001"])
+def test_an_impossible_hour_of_avazu_is_a_bad_row(tmp_path, capsys, monkeypatch, hour):
+    layout = layouts.avazu()
+    values = {c.name: "1" for c in layout.categories if c.name not in layout.derived} | {"id": "7", "click": "0"}
+
+    def row(k):
+        return ",".join((values | {"hour": f"1410{21 + k // 24:02d}{k % 24:02d}"}).values())
+
+    rows = [",".join([*values, "hour"]), *map(row, range(80))]
+    (tmp_path / "good.csv").write_text("\n".join(rows))
+    (tmp_path / "bad.csv").write_text("\n".join([*rows[:30], rows[1].replace("14102100", hour), *rows[30:]]))
+    command = ["prepare", str(tmp_path / "bad.csv"), str(tmp_path / "p"), "--format", "avazu"]
+    assert main(command) == 2
+    assert f"bad.csv, line 31: column hour is '{hour}', expected YYMMDDHH: " in capsys.readouterr().err
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 32)  # the bad row is all of its block
+    assert main([*command, "--max-bad-rows", "1"]) == 0
+    whole = prepared_by(tmp_path / "q", tmp_path / "good.csv", "--format", "avazu")
+    np.testing.assert_array_equal(open_prepared(tmp_path / "p").ids, whole.ids)
+
+
 @pytest.mark.parametrize(("name", "mark"), [("ratings.dat", "::"), ("u.data", "\t")])
 def test_movielens_ratings_are_clicks_in_the_order_of_time(tmp_path, name, mark):
     rng = np.random.default_rng(0)

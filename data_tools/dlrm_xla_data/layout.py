@@ -36,7 +36,8 @@ class Layout:
     ``columns`` are those of the file in order; with ``header`` its first line names them. ``label`` is 1 where its
     column says 1 or, with ``above``, more than that. ``dense`` gives each number's transform: "none", or "log1p",
     log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole. ``derive`` makes further columns from
-    the file's. ``time`` or ``split`` name a column that decides a row's part. ``parquet``: files are Parquet.
+    that of ``time``, and raises ValueError for a value that cannot be. ``time`` or ``split`` name a column that decides
+    a row's part. ``parquet``: files are Parquet.
     """
 
     name: str
@@ -156,9 +157,15 @@ def _avazu_hours(table: Any) -> Any:
 
     stamps = table.column("hour").to_numpy().astype(np.int64)
     hours = stamps % 100
-    dates = np.char.add("20", np.char.zfill((stamps // 100).astype(str), 6))
-    days, which = np.unique(dates, return_inverse=True)
-    weekdays = np.array([np.datetime64(f"{d[:4]}-{d[4:6]}-{d[6:]}", "D").astype(np.int64) + 3 for d in days], np.int64)
+    days, which = np.unique(stamps // 100, return_inverse=True)
+    dates = [f"20{day:06d}" for day in days]
+    try:
+        numbers = [np.datetime64(f"{d[:4]}-{d[4:6]}-{d[6:]}", "D").astype(np.int64) for d in dates]
+    except ValueError as error:
+        raise ValueError(f"expected YYMMDDHH: {error}") from error
+    if (hours > 23).any():
+        raise ValueError("expected YYMMDDHH: an hour is beyond 23")
+    weekdays = np.array(numbers, np.int64) + 3
     angle = hours * (2 * np.pi / 24)
     for name, values in (
         ("hour_sine", np.sin(angle)),

@@ -7,10 +7,11 @@ among n values two meet with a probability of about n^2 / 2^65 (3e-5 for 30 mill
 from __future__ import annotations
 
 import csv as python_csv
+import functools
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,10 @@ def _columns(table: Any, layout: Layout) -> Parsed:
         order = _parts(table, layout.split)
     labels = _labels(table, layout)
     if layout.derive is not None:
-        table = layout.derive(table)
+        try:
+            table = layout.derive(table)
+        except ValueError as error:
+            raise Misfit(f"column {layout.time}, {error}") from error
     dense = np.empty((len(table), len(layout.dense)), np.float32)
     for k, (name, transform) in enumerate(layout.dense.items()):
         column = _one(table, name)
@@ -413,8 +417,24 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
             return f"column {category.name} is {_shown(value)}, expected a whole number, for it is a category too"
     if layout.time and _integer(values[layout.time]) is None:
         return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer: it orders the rows"
+    if layout.time and layout.derive is not None:
+        problem = _underived(layout.derive, layout.time, values[layout.time])
+        if problem:
+            return f"column {layout.time} is {_shown(values[layout.time])}, {problem}"
     if layout.split and values[layout.split] not in [p.encode() for p in PARTS]:
         return f"column {layout.split} is {_shown(values[layout.split])}, expected one of {', '.join(PARTS)}"
+    return None
+
+
+@functools.lru_cache(2**12)
+def _underived(derive: Callable[[Any], Any], name: str, value: bytes) -> str | None:
+    """Why nothing follows from a value, None if something does; many rows have the same one."""
+    import pyarrow as pa
+
+    try:
+        derive(pa.table({name: pa.array([_integer(value)], pa.int64())}))
+    except ValueError as error:
+        return str(error)
     return None
 
 
