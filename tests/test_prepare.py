@@ -463,6 +463,34 @@ def test_bad_rows_are_left_out_counted_and_told(small_log, tmp_path, capsys):
     assert read_meta(tmp_path / "p")["bad_rows"]["skipped"] == 3
 
 
+@pytest.mark.parametrize("block", [40, 2**17])
+def test_bad_rows_of_parquet_are_named_and_left_out(tmp_path, capsys, monkeypatch, block):
+    monkeypatch.setattr("dlrm_xla_data.parsing._PARQUET_ROWS", block)
+    columns = clicks(
+        200, c=[f"{k % 9:x}" * (1 + k % 8) for k in range(200)], t=[["a", "b"][: k % 3] for k in range(200)]
+    )
+    bad = {name: list(values) for name, values in columns.items()}
+    bad["y"][17], bad["c"][41], bad["price"][150] = None, "xyz", float("inf")
+    categories = "{column: c, kind: hexadecimal}", "t"
+    log, *layout = write_log(tmp_path, "parquet", bad, *categories)
+    command = ["prepare", str(log), str(tmp_path / "p"), *map(str, layout)]
+    assert main(command) == 2
+    assert "log.parquet, row 18: a label is missing" in capsys.readouterr().err
+    assert main([*command, "--max-bad-rows", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "more than --max-bad-rows 2" in told
+    assert "row 151: dense column price is not finite" in told
+    assert main([*command, "--max-bad-rows", "3"]) == 0
+    told = capsys.readouterr().err
+    assert "left out 3 rows" in told
+    assert "log.parquet, row 42: category c is not hexadecimal" in told
+    data = open_prepared(tmp_path / "p")
+    good = {name: [v for k, v in enumerate(values) if k not in (17, 41, 150)] for name, values in columns.items()}
+    whole = prepared_by(tmp_path / "q", *write_log(tmp_path, "parquet", good, *categories))
+    np.testing.assert_array_equal(data.dense, whole.dense)
+    np.testing.assert_array_equal(data.bags.ids, whole.bags.ids)
+
+
 def test_marks_line_ends_and_empty_lines_do_not_matter(small_log, tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
     text = small_log.read_text().splitlines()

@@ -113,8 +113,12 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[Parsed, int]]:
-    """Parses a Parquet file's rows from ``first_row`` on, with the number of rows read so far."""
+def parse_parquet(path: Path, layout: Layout, first_row: int, most_bad: int = 0) -> Iterator[tuple[Parsed, int]]:
+    """Parses a Parquet file's rows from ``first_row`` on, with the number of rows read so far.
+
+    Raises UserError with file and row for the first row that is not of the layout; with ``most_bad`` such rows are left
+    out and listed in ``bad`` instead, and a block that has more of them is left out as a whole.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -124,15 +128,59 @@ def parse_parquet(path: Path, layout: Layout, first_row: int) -> Iterator[tuple[
         row = 0
         for batch in file.iter_batches(_PARQUET_ROWS, columns=layout.needed):
             row += batch.num_rows
-            if row <= first_row:
-                continue
-            table = pa.Table.from_batches([batch])
-            try:
-                yield _columns(table, layout), row
-            except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as misfit:
-                raise UserError(f"{path}, rows {row - batch.num_rows + 1} to {row}: {misfit}") from misfit
+            if row > first_row:
+                yield _parsed_rows(pa.Table.from_batches([batch]), layout, path, row - batch.num_rows, most_bad), row
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _parsed_rows(table: Any, layout: Layout, path: Path, before: int, most_bad: int) -> Parsed:
+    import pyarrow as pa
+
+    try:
+        return _columns(table, layout)
+    except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as misfit:
+        found = _bad_rows(table, layout, most_bad + 1)
+        if found and not most_bad:
+            raise UserError(f"{path}, row {before + found[0][0] + 1}: {found[0][1]}") from misfit
+        bad = [(path, before + k + 1, problem) for k, problem in found]
+        if len(bad) > most_bad:
+            none = np.zeros(0, np.int64)
+            no_codes = [none] * len(layout.categories)
+            no_dense = np.zeros((0, len(layout.dense)), np.float32)
+            return Parsed(none.astype(np.int8), no_dense, no_codes, [None] * len(no_codes), none, bad)
+        try:
+            parsed = _columns(_taken(table, np.delete(np.arange(len(table)), [k for k, _ in found])), layout)
+        except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as again:
+            raise UserError(f"{path}, rows {before + 1} to {before + len(table)}: {again}") from again
+        parsed.bad = bad
+        return parsed
+
+
+def _bad_rows(table: Any, layout: Layout, most: int) -> list[tuple[int, str]]:
+    """The first rows that are not of the layout, at most so many, by halving where they are."""
+    import pyarrow as pa
+
+    found: list[tuple[int, str]] = []
+    waiting = [(0, len(table))]
+    while waiting and len(found) < most:
+        first, stop = waiting.pop()
+        try:
+            _columns(_taken(table, np.arange(first, stop)), layout)
+        except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as misfit:
+            if stop - first == 1:
+                found.append((first, str(misfit)))
+            else:
+                middle = (first + stop) // 2
+                waiting += [(middle, stop), (first, middle)]
+    return found
+
+
+def _taken(table: Any, rows: NDArray[np.int64]) -> Any:
+    """Rows of a table, copied: `_from_hex` reads what lies in memory from its beginning."""
+    import pyarrow as pa
+
+    return table.take(pa.array(rows, pa.int64()))
 
 
 def _read(data: bytes, layout: Layout) -> Any:
@@ -199,8 +247,10 @@ def _columns(table: Any, layout: Layout) -> Parsed:
                 dense[:, k] = np.log1p(np.maximum(values, 0).astype(np.float32).astype(np.float64))
             else:
                 dense[:, k] = values
-    if not np.isfinite(dense).all():
-        raise Misfit("a dense value is not finite, or not within float32")
+    finite = np.isfinite(dense)
+    if not finite.all():
+        name = list(layout.dense)[int(finite.all(0).argmin())]
+        raise Misfit(f"dense column {name} is not finite, or not within float32")
     codes, lengths = [], []
     for category in layout.categories:
         code, length = _codes(_one(table, category.name), category)
@@ -283,7 +333,7 @@ def _codes(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.in
     if pa.types.is_integer(column.type):
         codes = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
     elif category.kind == HEX:
-        codes = _from_hex(column)
+        codes = _from_hex(column, category.name)
     elif category.kind == NUMBER:
         raise Misfit(f"category {category.name} is {column.type}, expected integers")
     else:
@@ -349,7 +399,7 @@ def _several(column: Any, category: Any) -> tuple[NDArray[np.int64], NDArray[np.
     return codes, np.bincount(parents, minlength=len(column)).astype(np.int32)
 
 
-def _from_hex(column: Any) -> NDArray[np.int64]:
+def _from_hex(column: Any, name: str) -> NDArray[np.int64]:
     """Up to eight hexadecimal digits -> the number."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -358,7 +408,7 @@ def _from_hex(column: Any) -> NDArray[np.int64]:
     sizes = pc.binary_length(filled)
     shortest, longest = pc.min_max(sizes).as_py().values() if len(filled) else (8, 8)
     if longest > 8 or shortest == 0:
-        raise Misfit("a category has more than 8 hexadecimal digits")
+        raise Misfit(f"category {name} is not {_TEXT_OF_KIND[HEX]}")
     if shortest < 8:
         try:
             filled = pc.ascii_lpad(filled.cast(pa.string()), width=8, padding="0")
@@ -367,7 +417,7 @@ def _from_hex(column: Any) -> NDArray[np.int64]:
     text = np.frombuffer(filled.buffers()[2] or b"", np.uint16)[filled.offset * 4 :][: len(filled) * 4]
     pairs = _HEX_PAIRS[text]
     if len(pairs) and pairs.max() > 255:
-        raise Misfit("a category is not hexadecimal")
+        raise Misfit(f"category {name} is not hexadecimal")
     return np.asarray(pairs.astype(np.uint8).view(">u4"), np.int64)
 
 

@@ -280,10 +280,13 @@ def _read(files: Sequence[Path], columns: RawColumns, layout: Layout, options: O
         ends: list[int] = columns.extra.get("ends", [0] * len(files))
         marked = 0
         size = sum(file.stat().st_size for file in files)
+        place_name = "row" if layout.parquet else "line"
         with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-            for parsed, place, read in _parsed(files, start, digests, layout, options.max_bad_rows > 0):
+            for parsed, place, read in _parsed(files, start, digests, layout, options.max_bad_rows):
                 columns.append(parsed)
-                bad += [f"{p}, line {n}: {problem}" for p, n, problem in parsed.bad][: _BAD_ROWS_SHOWN - len(bad)]
+                bad += [f"{p}, {place_name} {n}: {problem}" for p, n, problem in parsed.bad][
+                    : _BAD_ROWS_SHOWN - len(bad)
+                ]
                 if columns.num_bad > options.max_bad_rows:
                     listed = "; ".join(bad[:3])
                     raise UserError(
@@ -315,14 +318,14 @@ def _read(files: Sequence[Path], columns: RawColumns, layout: Layout, options: O
 
 
 def _parsed(
-    files: Sequence[Path], start: Place, digests: Digests, layout: Layout, keep_good: bool
+    files: Sequence[Path], start: Place, digests: Digests, layout: Layout, most_bad: int
 ) -> Iterator[tuple[Parsed, Place, int]]:
     """Parsed blocks in order, with the place behind each and the bytes in it; parsing runs in threads."""
     if layout.parquet:
         for number in range(start.file, len(files)):
             first = start.offset if number == start.file else 0
             before = first
-            for parsed, row in parse_parquet(files[number], layout, first):
+            for parsed, row in parse_parquet(files[number], layout, first, most_bad):
                 share = (row - before) / max(1, row)
                 yield parsed, Place(number, row, row), int(files[number].stat().st_size * share)
                 before = row
@@ -331,7 +334,7 @@ def _parsed(
         return
 
     def work(block: Block) -> Parsed:
-        return parse(block, layout, keep_good)
+        return parse(block, layout, keep_good=most_bad > 0)
 
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: list[tuple[Future[Parsed], Block]] = []
