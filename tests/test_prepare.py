@@ -590,6 +590,8 @@ def test_commands_that_cannot_be_meant(small_log, tmp_path, capsys):
         (["--format", "criteo", "--protocol", "dlrm"], "did you mean 'dlrm_days'"),
         (["--format", "criteo", "--tail", "fold"], "--tail fold"),
         (["--format", "criteo", "--max-rows", "1"], "--max-rows 1"),
+        (["--format", "criteo", "--protocol", "random_811", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--format", "criteo", "--multi-hot", "3," * 25 + "3", "--seed", str(2**34)], "below 17179869184"),
         (["--format", "criteo", "--multi-hot", "3,2"], "one number for each of the 26"),
         (["--format", "criteo", "--protocol", "column"], "needs a layout with"),
     ):

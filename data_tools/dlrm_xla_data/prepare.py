@@ -67,6 +67,9 @@ class Options:
             raise UserError("--min-count must be at least 1, --max-rows and --max-bad-rows at least 0")
         if self.limits.max_rows == 1:
             raise UserError("--max-rows 1 leaves the row of missing ids alone; give at least 2, or 0 for any number")
+        most_seeds = 2**34 if self.bag_lengths else 2**64  # more_ids makes a key of 64 bits of it
+        if not 0 <= self.seed < most_seeds:
+            raise UserError(f"--seed {self.seed}: must be at least 0 and below {most_seeds}")
 
 
 FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
