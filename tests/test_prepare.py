@@ -2,19 +2,21 @@
 
 import collections
 import csv
+import fcntl
 import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from conftest import criteo_line, shared_file
 from dlrm_xla_data import layout as layouts
-from dlrm_xla_data import lines, vocabulary
+from dlrm_xla_data import lines, prepare, vocabulary
 from dlrm_xla_data.__main__ import main
 from dlrm_xla_data.multi_hot import more_ids
 from dlrm_xla_data.parsing import parse, problem_of
@@ -680,6 +682,39 @@ print(len(open_log(Path(sys.argv[1]), Path(sys.argv[2])).labels))
     said = [process.communicate(timeout=100) for process in both]
     assert [out for out, _ in said] == ["21000\n"] * 2
     assert sorted(f.name for f in (tmp_path / "c").iterdir()) == ["small.tsv.prepared"]
+
+
+def test_who_waited_for_a_folder_has_it_alone(tmp_path, monkeypatch):
+    waits, second_in, second_may_go, third_in = (threading.Event() for _ in range(4))
+    flock = fcntl.flock
+
+    def watched(file, how):
+        if not how & fcntl.LOCK_NB:
+            waits.set()
+        flock(file, how)
+
+    def second():
+        with prepare._alone(tmp_path / "p"):
+            second_in.set()
+            second_may_go.wait(30)
+
+    def third():
+        with prepare._alone(tmp_path / "p"):
+            third_in.set()
+
+    monkeypatch.setattr(fcntl, "flock", watched)
+    threads = [threading.Thread(target=target, daemon=True) for target in (second, third)]
+    with prepare._alone(tmp_path / "p"):
+        threads[0].start()
+        assert waits.wait(30)
+    assert second_in.wait(30)
+    threads[1].start()
+    assert not third_in.wait(0.3)
+    second_may_go.set()
+    assert third_in.wait(30)
+    for thread in threads:
+        thread.join(30)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_preparation_is_gone_on_with(small_log, tmp_path):

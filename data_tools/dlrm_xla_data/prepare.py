@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -249,23 +249,35 @@ def _version() -> str:
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process prepares this folder."""
     path = folder.with_name(f".{folder.name}.lock")
+    while True:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {folder}: {error.strerror}. Name a folder of yours (launch/run.py: --data-cache)."
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"another process prepares {folder}; waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_there(file, path):
+                continue  # the process that was waited for deleted the file; a third one may hold a new one
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_there(file: TextIO, path: Path) -> bool:
+    """Whether an open file is still the one of this path."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror}. Name a folder of yours (launch/run.py: --data-cache)."
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"another process prepares {folder}; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read(files: Sequence[Path], columns: RawColumns, layout: Layout, options: Options) -> dict[str, Any]:
