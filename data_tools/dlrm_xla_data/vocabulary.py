@@ -72,7 +72,7 @@ class Vocabulary:
 
 
 def build_vocabulary(folder: Path, name: str, training_codes: Chunks, limits: Limits) -> Vocabulary:
-    """Counts a column's values in training and gives them ids; the folder must be this column's alone.
+    """Counts a column's values in training and gives them ids; the folder must be empty.
 
     Raises UserError where more values than int32 can name would get one.
     """
