@@ -617,10 +617,12 @@ def test_verify_tells_what_changed_and_opening_tells_it_too(small_log, tmp_path,
     ids = bytearray((folder / "ids.npy").read_bytes())
     ids[-4] ^= 1
     (folder / "ids.npy").write_bytes(ids)
-    with pytest.raises(UserError, match=r"ids.npy changed after the dataset was verified"):
+    with pytest.raises(UserError, match=r"ids.npy was changed, or copied, after the dataset was verified"):
         open_prepared(folder)
     assert main(["verify", str(folder)]) == 1
     assert "ids.npy is not what was written" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is not sound: ids.npy is not what was written"):
+        open_prepared(folder)
     counts = np.load(folder / "counts.npy")
     counts[0] += 1
     np.save(folder / "counts.npy", counts)

@@ -297,7 +297,7 @@ def _category(path: Path, entry: Any) -> Category:
         raise UserError(f"{path}: categories: an entry without a column: {entry}")
     kind = str(entry.get("kind", TEXT))
     if kind not in (HEX, NUMBER, TEXT):
-        raise UserError(f"{path}: category {entry['column']!r}: kind {choices(kind, (HEX, NUMBER, TEXT))}")
+        raise UserError(f"{path}: category {entry['column']!r}: kind is {kind!r}; {choices(kind, (HEX, NUMBER, TEXT))}")
     separator = str(entry.get("separator", ""))
     at_most = int(_number(path, "at_most", entry.get("at_most", _SEVERAL if separator else 0)))
     if at_most < 1 and "at_most" in entry:

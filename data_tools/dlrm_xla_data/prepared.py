@@ -206,11 +206,15 @@ def _as_verified(folder: Path) -> None:
         marks = json.loads(path.read_text())
     except ValueError:
         marks = {}
+    if "unsound" in marks:
+        raise UserError(f"{folder} was verified and is not sound: {marks['unsound']}. Prepare it again.")
     now = file_marks(folder)
     changed = [name for name in {**marks, **now} if marks.get(name) != now.get(name)]
     if changed:
+        # A copy has other times, but sizes tell which file is not what it was.
+        changed.sort(key=lambda name: marks.get(name, [0])[0] == now.get(name, [0])[0])
         raise UserError(
-            f"{folder / changed[0]} changed after the dataset was verified. Run "
+            f"{folder / changed[0]} was changed, or copied, after the dataset was verified. Run "
             f"`python -m dlrm_xla_data verify {folder}` again."
         )
 

@@ -16,7 +16,7 @@ _ROWS = 2**18
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a dataset, nothing if it is sound; then it is marked, and `open_prepared` tells later changes.
+    """What is wrong with a dataset, nothing if it is sound; it is marked, and `open_prepared` tells later changes.
 
     Checks digests of all files, labels, dense features, the range of ids, rising offsets, and that ids occur in
     training as often as ``counts`` says.
@@ -30,8 +30,7 @@ def verify(folder: Path) -> list[str]:
         if sha256(folder / f"{name}.npy") != digest:
             problems.append(f"{name}.npy is not what was written: its SHA-256 is not the one in meta.json")
     problems += list(_content(dataset))
-    if not problems:
-        (folder / VERIFIED).write_text(json.dumps(marks))
+    (folder / VERIFIED).write_text(json.dumps({"unsound": problems[0]} if problems else marks))
     return problems
 
 
