@@ -621,7 +621,7 @@ def test_verify_tells_what_changed_and_opening_tells_it_too(small_log, tmp_path,
         open_prepared(folder)
     assert main(["verify", str(folder)]) == 1
     assert "ids.npy is not what was written" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is not sound: ids.npy is not what was written"):
+    with pytest.raises(UserError, match=r"is not sound: ids.npy is not what was written"):
         open_prepared(folder)
     counts = np.load(folder / "counts.npy")
     counts[0] += 1
