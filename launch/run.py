@@ -59,6 +59,10 @@ def show_plan(config: Config, ranks: Ranks) -> None:
     print(planning.text(plan.bags, plan.training, plan.memory))
     if dataset:
         print(plan.ratio())
+    else:
+        print(
+            "Sizes are nominal: a run counts ids that its rows have --min-count times or more, as --plan --data does."
+        )
     if ranks.part[1] > 1:
         several_ranks.check_settings(config, ranks)
         print(torchrec_plan.text(several_ranks.share_out(config, plan, device, ranks), ranks.size))
