@@ -124,19 +124,16 @@ class BagContract:
                 assert parameter.grad is not None, f"{name} gets no gradient"
                 assert parameter.grad.abs().sum() > 0, f"the gradient of {name} is zero"
 
-    @pytest.mark.parametrize("device_name", ["cpu", pytest.param("xla", marks=_NEEDS_XLA)])
-    def test_trains_under_autocast(self, device_name: str) -> None:
+    def test_trains_under_autocast(self) -> None:
         """As ``--precision bf16`` runs it: gradients point where those of float32 do."""
-        where = open_device(device_name).torch_device
         found = []
         for bf16 in (False, True):
-            bag = self.make().to(where)
-            ids, weights = (t.to(where) for t in self.inputs(batch=256))
-            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-                out = bag(ids, weights)
+            bag = self.make()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                out = bag(*self.inputs(batch=256))
             torch.manual_seed(9)
-            torch.autograd.backward((out.float() * torch.randn(out.shape).to(where)).sum())
-            found.append({n: p.grad.float().cpu().flatten() for n, p in bag.named_parameters() if p.grad is not None})
+            torch.autograd.backward((out.float() * torch.randn(out.shape)).sum())
+            found.append({n: p.grad.float().flatten() for n, p in bag.named_parameters() if p.grad is not None})
         for name, grad in found[0].items():
             cosine = torch.nn.functional.cosine_similarity(grad, found[1][name], dim=0).item()
             assert cosine > 0.99, f"the gradient of {name} under autocast has the cosine {cosine:.3f} to float32's"

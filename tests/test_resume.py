@@ -277,12 +277,12 @@ def test_a_finished_run_keeps_its_report(settings, tmp_path, capsys):
     assert launch_script("compare").main([str(run)]) == 0
 
 
-def test_a_memory_that_sizes_the_plugin_otherwise_is_refused_and_the_run_stays(tmp_path, capsys):
-    flags = ["--synthetic-rows", "7000", "--min-count", "1", "--plugin", "hash_rows", "--memory", "900kB"]
+def test_a_memory_that_sizes_the_plugin_otherwise_is_refused_and_the_run_stays(settings, tmp_path, capsys):
+    flags = [*settings, "--epochs", "1", "--plugin", "hash_rows", "--memory", "30kB"]
     run = tmp_path / "run"
     assert launcher.main([*flags, "--out", str(run)]) == 0
-    assert launcher.main(["--resume", str(run), "--epochs", "2", "--memory", "1200kB"]) == 2
-    assert "--memory sizes plugins, and was 900kB" in capsys.readouterr().err
+    assert launcher.main(["--resume", str(run), "--epochs", "2", "--memory", "50kB"]) == 2
+    assert "--memory sizes plugins, and was 30kB" in capsys.readouterr().err
     assert launcher.main(["--resume", str(run), "--epochs", "2"]) == 0
 
 
