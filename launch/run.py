@@ -122,9 +122,12 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     if resumed and start:
         finished, total = Outcome(**start[1]["outcome"]), loader.num_batches("train") * config.epochs
         if ranks.from_first(partial(is_finished, resumed, config, finished, total)):
-            print(
-                f"{resumed} is finished, at step {finished.steps:,} of {total:,}: its report stays. --epochs trains on."
-            )
+            if finished.steps < total:
+                print(
+                    f"{resumed} stopped early, at step {finished.steps:,} of {total:,}; a larger --patience trains on"
+                )
+            else:
+                print(f"{resumed} is finished, at step {total:,}, and its report stays; a larger --epochs trains on")
             return 0
     plan = make_plan(config, device, device.rows, dataset, ranks)
     if start:
