@@ -35,10 +35,16 @@ OPENED = ("cpu", "cuda", "xla", "tpu")
 
 
 class Finding(NamedTuple):
-    """One line of the report; ``fix`` is empty where nothing is wrong."""
+    """One line of the report; ``fix`` is empty where nothing is wrong, ``there`` false of what this machine lacks."""
 
     text: str
     fix: str = ""
+    there: bool = True
+
+    @property
+    def mark(self) -> str:
+        """In front of the line."""
+        return "WRONG" if self.fix else "ok" if self.there else "none"
 
 
 def installed() -> dict[str, str]:
@@ -96,7 +102,7 @@ def devices(wanted: str) -> Iterator[Finding]:
         try:
             device = open_device(name)
         except UserError as error:
-            yield Finding(f"{name}: {error}", "see there" if name == wanted else "")
+            yield Finding(f"{name}: {error}", "see there" if name == wanted else "", there=False)
             continue
         except Exception as error:  # a broken install may raise anything
             yield Finding(f"{name}: {type(error).__name__}: {error}", "install the package of this device again")
@@ -195,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(part)
         for finding in findings:
             wrong += bool(finding.fix)
-            print(f"  {'WRONG' if finding.fix else 'ok   '} {finding.text}")
+            print(f"  {finding.mark:<5} {finding.text}")
             if finding.fix:
                 print(f"        fix: {finding.fix}")
     print(f"{wrong} wrong" if wrong else "nothing is wrong")

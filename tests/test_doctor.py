@@ -1,5 +1,7 @@
 """The doctor finds what is wrong and names the fix, and is content where nothing is."""
 
+import importlib.util
+
 import pytest
 import torch
 from conftest import launch_script
@@ -62,4 +64,6 @@ def test_a_plugin_that_does_not_import_and_a_device_that_is_missing_are_wrong(ca
     assert "WRONG plugin hash_rows: No module named 'gone'" in printed
     assert "WRONG cuda: " in printed
     assert "ok    plugin low_rank" in printed
+    if importlib.util.find_spec("torch_tpu") is None:
+        assert "none  tpu: --device tpu needs torch_tpu" in printed
     assert "WRONG the loader gives every process all rows" in printed
