@@ -119,19 +119,18 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
             f"a batch of {config.batch_size:,} has room for more samples than the {train_rows:,} training rows: the "
             "rest is padding, which takes time and memory. Take a smaller --batch-size."
         )
-    if resumed and start:
-        finished, total = Outcome(**start[1]["outcome"]), loader.num_batches("train") * config.epochs
-        if ranks.from_first(partial(is_finished, resumed, config, finished, total)):
-            if finished.steps < total:
-                print(
-                    f"{resumed} stopped early, at step {finished.steps:,} of {total:,}; a larger --patience trains on"
-                )
-            else:
-                print(f"{resumed} is finished, at step {total:,}, and its report stays; a larger --epochs trains on")
-            return 0
+    about = start[1] if start else {}
+    outcome = Outcome(**about.get("outcome", {}))
+    total = loader.num_batches("train") * config.epochs
+    if resumed and start and ranks.from_first(partial(is_finished, resumed, config, outcome, total)):
+        if outcome.steps < total:
+            print(f"{resumed} stopped early, at step {outcome.steps:,} of {total:,}; a larger --patience trains on")
+        else:
+            print(f"{resumed} is finished, at step {total:,}, and its report stays; a larger --epochs trains on")
+        return 0
     plan = make_plan(config, device, device.rows, dataset, ranks)
     if start:
-        check_same_tables(start[1], serving.describe(config, plan.bags, *dataset.shape))
+        check_same_tables(about, serving.describe(config, plan.bags, *dataset.shape))
     print(planning.text(plan.bags))
     print(plan.ratio())
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
@@ -151,8 +150,6 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         plan.make_bags,
         **serving.model_settings(config),
     )
-    about = start[1] if start else {}
-    outcome = Outcome(**about.get("outcome", {}))
     folder = open_folder(config, origins, resumed, about, ranks)
     print(f"run folder: {folder.path}")
     try:

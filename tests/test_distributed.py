@@ -181,6 +181,8 @@ def test_a_plan_that_fits_nowhere_says_what_it_was_given():
     assert "0: 130,000,000, 1: 130,000,000" in text(shards, 2)
     with pytest.raises(UserError, match="state is by row"):
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "column_wise"})
+    with pytest.raises(UserError, match="would move rows that a step does not look up"):
+        make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adam"), {"small": "data_parallel"})
     with pytest.raises(UserError, match="did you mean 'row_wise'"):
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "row_wse"})
 

@@ -32,7 +32,7 @@ def distinct_rows(cores: tuple[Tensor, Tensor, Tensor], ids_N: Tensor) -> Tensor
 
 def _runs(sorted_N: Indices) -> tuple[Indices, Indices]:
     """Where runs of equal values start [U], and the run that each value is in [N]."""
-    is_first_N = np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]])
+    is_first_N = np.diff(sorted_N, prepend=-1) != 0  # keys are no less than 0
     return np.flatnonzero(is_first_N), is_first_N.cumsum() - 1
 
 
@@ -73,7 +73,7 @@ class _Slots(NamedTuple):
 
 
 def _slots(ids_N: Indices, n1: int, n2: int, n3: int) -> _Slots:
-    # With numpy, for torch takes three times as long, 0.8 ms of 4096 ids.
+    # With numpy, for 4096 uniform ids take 0.37 ms so, and 0.79 with torch.
     count, bits = len(ids_N), (len(ids_N) - 1).bit_length()
     i12_N = ids_N.astype(np.int64) // n3
     i1_N = i12_N // n2
