@@ -20,6 +20,7 @@ class Progress:
         self.samples_per_step = samples_per_step
         self.done = self.before = self.told = 0
         self.figures = ""
+        self.shown_at = 0
         self.began = self.last_line = time.monotonic()
         self.after_first = math.nan
         self.shown = shown
@@ -60,9 +61,14 @@ class Progress:
         elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
+    def paused(self, seconds: float) -> None:
+        """Leaves out of the speed what was no step: a validation, a checkpoint."""
+        self.after_first += seconds
+
     def show(self, **figures: float) -> None:
         """Figures to show behind the bar until the next call."""
         self.figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        self.shown_at = self.before + self.done
         if self.bar is not None:
             self.bar.set_postfix_str(self.figures, refresh=False)
 
@@ -76,4 +82,7 @@ class Progress:
             seconds = max(self.last_line - self.after_first, 1e-9) / (self.done - 1)
             left = tqdm.format_interval((self.num_steps - place) * seconds)
             parts += [f"{self.samples_per_step / seconds:,.0f} samples/s", f"{left} left"]
-        print(", ".join(parts + [self.figures] * bool(self.figures)), file=sys.stderr, flush=True)
+        if self.figures:
+            older = f" at step {self.shown_at:,}" if self.shown_at != place else ""
+            parts.append(self.figures + older)
+        print(", ".join(parts), file=sys.stderr, flush=True)

@@ -394,6 +394,14 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
         stop_signals(shown) as asked_to_stop,
         Progress(per_epoch * config.epochs, config.batch_size, shown) as progress,
     ):
+
+        def paused_since(began: float) -> None:
+            """Takes what was no step out of the speeds."""
+            nonlocal window_start
+            seconds = time.perf_counter() - began
+            window_start += seconds
+            progress.paused(seconds)
+
         epoch, number = divmod(outcome.steps, per_epoch)
         progress.skip(outcome.steps)
         outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
@@ -404,7 +412,7 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
                     # by the place in the data, so that a run that goes on does the same.
                     pause = time.perf_counter()
                     steps.refresh()
-                    window_start += time.perf_counter() - pause
+                    paused_since(pause)
                 steps.train(packed, outcome.steps)
                 number += 1
                 outcome.steps += 1
@@ -443,7 +451,7 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
                         reports.warn(f"step {outcome.steps}: {doubt}")
                 if validate or due or stop:
                     saved(best)
-                window_start += time.perf_counter() - pause
+                paused_since(pause)
                 if stop or outcome.stopped_early:
                     break
             epoch, number = epoch + 1, 0

@@ -287,13 +287,13 @@ def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> l
 def text(row: dict[str, Any]) -> str:
     """A row for people."""
     share = f"{row['gb_per_s']:8.2f} GB/s {row['share_of_copy']:6.1%} of copy" if row["gb_per_s"] else " " * 29
-    ratio = f"{row['ratio_to_best_other']:6.2f}x" if row["ratio_to_best_other"] else ""
+    ratio = f"{row['ratio_to_best_other']:6.2f}x as fast as the best other" if row["ratio_to_best_other"] else ""
     ratio += f"{row['ratio_to_exact']:6.2f} of the time of exact tables" if row["ratio_to_exact"] else ""
     ratio += f"{row['ratio_to_1M']:6.2f} of the time at 1M rows" if row["ratio_to_1M"] else ""
     return (
         f"{row['name']:<28} {row['device']:<5}{row['rows']:>12,} x {row['dim']:<4} batch {row['batch']:<6} bag "
         f"{row['bag']:<3} zipf {row['zipf']:<5} {row['optimizer']:<9}{row['ms_median']:>9.2f} ms (min "
-        f"{row['ms_min']:8.2f}) {share} {ratio}"
+        f"{row['ms_min']:8.2f}) {share} {ratio}".rstrip()
     )
 
 

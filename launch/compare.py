@@ -6,7 +6,8 @@ python launch/compare.py runs/* --into docs/approximations.md      puts it betwe
 
 Runs of one plugin, ratio, device, minimum count and learning rates are one row: the mean over their seeds, and the
 distance from the lowest to the highest. Runs on other data, or with another setting that changes results, are refused:
-they do not compare.
+they do not compare. What launch/compress.py made of a trained run has rows of its own, and may have been fine-tuned at
+other rates and for other epochs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ MARKERS = ("<!-- results: made by launch/compare.py -->", "<!-- end of results -
 TITLES = ["plugin", "asked", "ratio", "bytes to serve", "bytes to train", "AUC", "spread", "log loss", "spread"]
 TITLES += ["samples/s", "minimum count", "rates", "seeds"]
 RATES = {"plugin_lr": "plugin lr", "row_lr": "row lr"}
+# What also may differ where tables were compressed: how they were fine-tuned.
+FINE_TUNING = ("dense_lr", "epochs", "patience", "evals_per_epoch")
 # Of these the runs of one row have one value too, for no column shows them.
-NOT_SHOWN = ("min_rows", "tables", "row_kernels")
+NOT_SHOWN = ("min_rows", "tables", "row_kernels", *FINE_TUNING)
 MAY_DIFFER = {
     "plugin",
     "ratio",
@@ -40,7 +43,7 @@ MAY_DIFFER = {
     "data_cache",
     "min_count",
     *RATES,
-    *NOT_SHOWN,
+    *(key for key in NOT_SHOWN if key not in FINE_TUNING),
 }
 
 
@@ -49,12 +52,13 @@ def read(folder: Path) -> dict[str, Any]:
     report, settings, trained = read_finished(folder)
     report |= {"settings": settings, "training_bytes": trained}
     report["folder"] = str(folder)
+    report["compressed"] = (folder / "compression.json").exists()
     return report
 
 
 def check_alike(reports: Sequence[dict[str, Any]]) -> None:
     """Raises a UserError where a setting that changes results has two values, or a run was interrupted."""
-    first = reports[0]
+    first = next((r for r in reports if not r["compressed"]), reports[0])
     for report in reports:
         if report["interrupted"]:
             raise UserError(f"{report['folder']} was interrupted; finish it or leave it out")
@@ -63,7 +67,8 @@ def check_alike(reports: Sequence[dict[str, Any]]) -> None:
             here, there = (r["settings"][key] for r in (report, first))
             if key == "data":
                 here, there = (Path(str(v)).name for v in (here, there))
-            if here != there and key not in MAY_DIFFER:
+            tuned = key in FINE_TUNING and report["compressed"]
+            if here != there and key not in MAY_DIFFER and not tuned:
                 raise UserError(
                     f"{report['folder']} has {key} {here}, {first['folder']} has {there}: such runs do not compare"
                 )
@@ -78,9 +83,9 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         settings = report["settings"]
         rates = ", ".join(f"{word} {settings[key]:g}" for key, word in RATES.items() if settings.get(key))
         key = report["plugin"], settings.get("ratio") or 0, report["device"], rates, settings.get("min_count", 1)
-        groups.setdefault(key, []).append(report)
+        groups.setdefault((*key, report["compressed"]), []).append(report)
     found = []
-    for (plugin, ratio, device, rates, count), group in groups.items():
+    for (plugin, ratio, device, rates, count, compressed), group in groups.items():
         _check_one_setting(group)
         seeds = [r["seed"] for r in group]
         if len(set(seeds)) < len(seeds):
@@ -90,7 +95,7 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"same sizes and rates, and have the seed {one['seed']}. Give one of the two, or runs of several seeds."
             )
         row: dict[str, Any] = {"plugin": plugin, "ratio asked": ratio, "device": device, "rates": rates}
-        row |= {"minimum count": count}
+        row |= {"minimum count": count, "compressed": compressed}
         row |= {"seeds": len(seeds), "bytes": round(statistics.mean(r["embedding_bytes"] for r in group))}
         row["training bytes"] = round(statistics.mean(r["training_bytes"] for r in group))
         row["ratio"] = group[0]["exact_embedding_bytes"] / row["bytes"]
@@ -122,7 +127,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     several = len({r["device"] for r in found}) > 1
     lines = [f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
     for r in found:
-        name = f"`{r['plugin']}`" + (f" on {r['device']}" if several else "")
+        name = f"`{r['plugin']}`" + ", compressed" * r["compressed"] + (f" on {r['device']}" if several else "")
         asked = f"{r['ratio asked']:g}x" if r["ratio asked"] else ""
         speed = "" if r["samples/s"] is None else f"{r['samples/s']:,.0f}"
         lines.append(
@@ -146,7 +151,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
             label = f"exact, ids seen {r['minimum count']} times or more"
             axes.axhline(r["auc"], color="black", linestyle=style, linewidth=1, label=label)
             continue
-        lines.setdefault(r["plugin"], []).append(r)
+        lines.setdefault(r["plugin"] + ", compressed" * r["compressed"], []).append(r)
     colours = pyplot.get_cmap("tab20").colors
     for number, (name, points) in enumerate(sorted(lines.items())):
         points.sort(key=lambda r: r["bytes"])

@@ -257,7 +257,7 @@ def _time(step: dict[str, Any]) -> list[str]:
         f"  lower bound           {step['lower_bound_ms']:10.3f} ms, {step['ratio_to_lower_bound']:.1f} times less",
         f"  bytes accessed        {step['bytes_accessed'] / 1e9:10.3f} GB, {step['flops'] / 1e9:,.2f} GFLOP by the "
         "compiler's analysis",
-        "  dearest operations            ms",
+        f"  dearest operations            ms {'by':<9}{'of torch':<22}{'of XLA, with its results':<60}  part, table",
         *(f"    {_line(o)}" for o in step["dearest"]),
         f"  without the compiler's count: {len(step['uncovered_operations'])} operations{small}",
         *(f"    {_line(o)}" for o in step["uncovered_operations"][:10]),

@@ -67,6 +67,21 @@ def test_a_file_gets_table_and_plot_between_its_markers(run_folder, tmp_path, ca
     assert "must have one line" in capsys.readouterr().err
 
 
+def test_a_compressed_run_may_be_fine_tuned_and_has_a_row_of_its_own(run_folder, capsys):
+    trained = [run_folder("exact", 0, 0.77, ratio=0.0), run_folder("a", 0, 0.75)]
+    tuned = run_folder("a", 0, 0.76, epochs=3)
+    assert compare.main([str(tuned), *map(str, trained)]) == 2
+    (tuned / "compression.json").write_text("{}")
+    capsys.readouterr()
+    assert compare.main([str(tuned), *map(str, trained)]) == 0
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["`exact`", "`a`, compressed", "`a`"]
+    longer = run_folder("a", 1, 0.76, epochs=4)
+    (longer / "compression.json").write_text("{}")
+    assert compare.main([str(tuned), *map(str, trained), str(longer)]) == 2
+    assert "has epochs 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

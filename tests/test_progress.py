@@ -14,7 +14,16 @@ def test_the_first_step_which_compiles_is_no_measure_of_the_others(monkeypatch, 
         for _ in range(5):
             now += 2
             progress.advance()
+        now += 30
+        progress.paused(30)
+        now += 2
+        progress.advance()
+        now += 2
+        progress.advance()
+        progress.show(loss=0.4)
     assert capsys.readouterr().err.splitlines() == [
         "step 11/100, the first took 70 s",
-        "step 16/100, 32 samples/s, 02:48 left, loss 0.5000",
+        "step 16/100, 32 samples/s, 02:48 left, loss 0.5000 at step 11",
+        "step 17/100, 32 samples/s, 02:46 left, loss 0.5000 at step 11",
+        "step 18/100, 32 samples/s, 02:44 left, loss 0.4000",
     ]

@@ -57,6 +57,8 @@ class Recipe:
             raise UserError(f"--correlation is {self.correlation}, but must be from 0 to 1")
         if not (self.strength >= 0 and 0 < self.click_rate < 1):
             raise UserError("--strength must not be negative, --click-rate between 0 and 1")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed {self.seed}: must be at least 0 and below {2**64}")
 
 
 @dataclass
@@ -137,8 +139,10 @@ def _blocks(recipe: Recipe, doing: str) -> Iterator[tuple[int, _Block]]:
 
 
 def _draw(recipe: Recipe, number: int, num_rows: int) -> _Block:
-    rng = np.random.Generator(np.random.Philox(key=[recipe.seed, number]))
-    weights = np.random.Generator(np.random.Philox(key=[recipe.seed, 2**63])).normal(size=NUM_DENSE)
+    rng, of_weights = (
+        np.random.Generator(np.random.Philox(key=np.array([recipe.seed, k], np.uint64))) for k in (number, 2**63)
+    )
+    weights = of_weights.normal(size=NUM_DENSE)
     num_tables = len(recipe.table_rows)
     dense = rng.exponential(size=(num_rows, NUM_DENSE)).astype(np.float32)
     own = rng.random(num_rows)

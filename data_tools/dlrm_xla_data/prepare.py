@@ -187,6 +187,8 @@ def prepare(files: Sequence[Path], folder: Path, layout: Layout, options: Option
     gone on with when the same is asked again.
     """
     options.check()
+    if options.protocol == "column" and not layout.split:
+        raise UserError("--protocol column needs a layout with `split: COLUMN`")
     sources = [fingerprint(file) for file in files]
     key = {"sources": sources, "layout": repr(layout), "options": json.loads(json.dumps(asdict(options)))}
     key["layout"] = hashlib.sha256(key["layout"].split("derive=")[0].encode()).hexdigest()

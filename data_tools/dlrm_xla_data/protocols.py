@@ -92,9 +92,7 @@ def random_811(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> 
 
 
 def column(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
-    """As the layout's split column says."""
-    if columns.order != "split":
-        raise UserError("--protocol column needs a layout with `split: COLUMN`")
+    """As the layout's split column says, which it must have."""
 
     def parts() -> Iterator[NDArray[np.int8]]:
         for chunk in columns.chunks("order"):
