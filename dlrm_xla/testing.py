@@ -167,6 +167,22 @@ class BagContract:
             outs.append(model.bag(*self.inputs()).detach())
         torch.testing.assert_close(outs[1], outs[0], atol=self.tolerance, rtol=1e-4)
 
+    def test_padding_is_not_looked_up(self) -> None:
+        """Weight decay moves the rows that a step looks up, and padding looks up none."""
+        found = []
+        for padded in (0, 256):
+            model = nn.Module()
+            model.bag = self.make()
+            store = RowStore(model, open_device("cpu"), RowSettings("sgd", weight_decay=1.0), 0.1)
+            ids, weights = self.inputs(batch=8)
+            ids = torch.cat([ids, torch.arange(3 * padded, dtype=torch.int32).view(padded, 3)])
+            torch.autograd.backward(model.bag(ids, torch.cat([weights, torch.zeros(padded, 3)]))[:8].sum())
+            store.step()
+            found.append({name: rows.clone() for name, rows in store.tables()})
+        for name, rows in found[0].items():
+            moved = (found[1][name] != rows).any(1).sum().item()
+            assert moved == 0, f"{moved} rows of {name} were looked up by padding: give it a weight of 0"
+
     def test_state_dict_round_trip(self) -> None:
         bag = self.make()
         torch.manual_seed(8)

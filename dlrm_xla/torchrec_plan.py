@@ -85,7 +85,12 @@ def sharder(settings: RowSettings) -> Any:
     )
 
 
-def allowed(table: Table, looked_up: int, settings: RowSettings) -> list[str]:
+def leaves_ranks_empty(table: Table, size: int) -> bool:
+    """Whether cut by rows a table leaves some of ``size`` ranks without any: each takes the same number, rounded up."""
+    return -(-table.num_rows // size) * (size - 1) >= table.num_rows
+
+
+def allowed(table: Table, looked_up: int, settings: RowSettings, size: int) -> list[str]:
     """Ways to cut a table that keep its updates exact; ``looked_up`` rows of it are asked for on a rank in a step.
 
     Copied to every rank where the gradient of all its rows is no longer than the vectors that would be exchanged, and
@@ -100,7 +105,7 @@ def allowed(table: Table, looked_up: int, settings: RowSettings) -> list[str]:
         )
     if table.dim % 4 or (rule.still and table.num_rows <= looked_up):
         return ["data_parallel"]
-    ways = ["table_wise", "row_wise"]
+    ways = ["table_wise"] if leaves_ranks_empty(table, size) else ["table_wise", "row_wise"]
     if "row" not in rule.states and table.dim % 8 == 0:
         ways.append("column_wise")
     return ways
@@ -129,7 +134,12 @@ def make_shards(
         name = table.setting(asked)
         if name and name not in SHARDINGS:
             raise UserError(f"sharding of table {table.name} cannot be {name!r}; {choices(name, SHARDINGS)}")
-        good = allowed(table, batch_size // size * length, settings)
+        good = allowed(table, batch_size // size * length, settings, size)
+        if name == "row_wise" and leaves_ranks_empty(table, size):
+            raise UserError(
+                f"sharding: table {table.name} of {table.num_rows} rows cannot be cut by rows for {size} ranks: the "
+                "last would have none, which FBGEMM does not take. Take table_wise, or fewer ranks."
+            )
         if name == "column_wise" and "row" in RULES[settings.name].states:
             raise UserError(
                 f"sharding: table {table.name} cannot be cut by columns with {settings.name}, whose state is by row. "

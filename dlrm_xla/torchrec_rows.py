@@ -156,8 +156,8 @@ class TorchrecRows:
         run: Callable[..., Tensor] = self._parallel
         return run
 
-    def ask(self, bags: Callable[[], Tensor]) -> Any:
-        """Runs the bags once to hear which rows they want; TorchRec's jagged tensor of all of them."""
+    def ask(self, bags: Callable[[], Tensor], batch: int) -> Any:
+        """Runs the bags of so many samples once to hear which rows they want; TorchRec's jagged tensor of all."""
         if torch.is_grad_enabled() and self._whole.rows is not None:
             for group in self._fused.param_groups:
                 group["lr"] = self.learning_rate
@@ -167,7 +167,7 @@ class TorchrecRows:
         try:
             with torch.no_grad():
                 bags()
-            return self._jagged(self._asks)
+            return self._jagged(self._asks, batch)
         finally:
             self._asks = None
 
@@ -336,13 +336,12 @@ class TorchrecRows:
             first += lookups[-1].size
         return lookups
 
-    def _jagged(self, asks: Sequence[_Ask]) -> Any:
+    def _jagged(self, asks: Sequence[_Ask], batch: int) -> Any:
         if not asks:
             return None
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         assert len(asks) == len(self._lookups), "the bags ask more or less often than before"
-        batch = len(asks[0].ids_NL) // self._lookups[0].bags
         flat_ids, flat_real, lengths = [], [], []
         # Neighbours of one shape at a time: 26 tables one by one were 14 % of a rank's main thread, by samples.
         alike = itertools.groupby(
@@ -412,7 +411,7 @@ class _Whole(nn.Module):
         self.rows: Any = rows
 
     def forward(self, dense_BI: Tensor, ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        jagged = self._store.ask(lambda: self.model.bags(ids, weights))
+        jagged = self._store.ask(lambda: self.model.bags(ids, weights), len(dense_BI))
         if self.rows is not None:
             self._store.answer(self.rows(jagged))
         logits_B: Tensor = self.model(dense_BI, ids, weights)

@@ -59,12 +59,14 @@ def row_settings(config: Config) -> RowSettings:
     return RowSettings(config.row_optimizer, weight_decay=config.row_weight_decay, state=config.row_state)
 
 
-def check_batch(size: int, chips: int) -> None:
-    """Raises UserError where chips would have unequal parts of a batch."""
-    if size % chips:
+def check_batch(size: int, micro_batches: int, chips: int) -> None:
+    """Raises UserError where chips would have unequal parts of a batch, or of a micro-batch."""
+    parts = micro_batches * chips
+    if size % parts:
+        which = f"each of {micro_batches} micro-batches of " if micro_batches > 1 else ""
         raise UserError(
-            f"a batch of {size} cannot be cut into equal parts for {chips} chips: take --batch-size "
-            f"{-(-size // chips) * chips}, or fewer chips"
+            f"{which}a batch of {size} cannot be cut into equal parts for {chips} chips: take --batch-size "
+            f"{-(-size // parts) * parts}, or fewer chips{' or micro_batches' if which else ''}"
         )
 
 
@@ -85,7 +87,7 @@ class Steps:
         self.ranks = ranks
         self.config = config
         self.bag_lengths = list(bag_lengths)
-        check_batch(config.batch_size, device.rows.num_chips)
+        check_batch(config.batch_size, config.micro_batches, device.rows.num_chips)
         settings = row_settings(config)
         self.rows: RowStore | TorchrecRows
         if shards:

@@ -250,8 +250,15 @@ def _take_over(tensor: Tensor, other: Tensor) -> None:
 
 def _live_tensors() -> list[Tensor]:
     # Whatever a step wrote, some Python object has it; to ask each module and optimizer would be to forget one.
-    live = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "xla"]
+    live = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and _is_on_xla(t)]
     return sorted(live, key=_XLAC._xla_get_tensor_id)  # gc's order changes
+
+
+def _is_on_xla(tensor: Tensor) -> bool:
+    try:
+        return tensor.device.type == "xla"
+    except RuntimeError:  # a cycle held it and a view outlives it: torch has cleared it, and gc still has it
+        return False
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from dlrm_xla.batches import PackedBatch
 from dlrm_xla.config import Config, RowKernels, resolve
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.device import Device
+from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM, mlp
 from dlrm_xla.plan import bytes_kept, plan
 from dlrm_xla.registry import parse
@@ -308,6 +309,8 @@ def fbgemm(case: Case, graph: bool = False) -> Repetition | None:
     """FBGEMM's table-batched embedding with its fused exact optimizer, on CPU or CUDA; a step also as a CUDA graph."""
     if case.device.name == "xla":
         return None
+    if case.dim % 4:
+        raise UserError(f"takes widths in fours, not {case.dim}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parts of itself that it leaves out
         from fbgemm_gpu.split_embedding_configs import EmbOptimType

@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config, _ = resolve({**given, **values, "device": "xla"}, file)
             registry.parse(config.plugin)
             for _, slice in slices:
-                check_batch(config.batch_size, slice.devices)
+                check_batch(config.batch_size, config.micro_batches, slice.devices)
             configs.append(config)
         reports = []
         for config, (chip, slice) in itertools.product(configs, slices):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -76,13 +75,15 @@ def table(spectrum: str, rows: int, dim: int, file: Path | None) -> TrainedRows:
     return TrainedRows(read, rows, dim)
 
 
-def trained(path: Path) -> list[tuple[str, Callable[[], TrainedRows]]]:
-    """The larger exact tables of a checkpoint, and their names."""
+def trained(path: Path) -> dict[str, Tensor]:
+    """The larger exact tables of a checkpoint by name."""
     with opened(path) as file:
         names = [n for n in file.names if n.startswith("model.bags.") and n.endswith(".weight")]
         large = sorted((n for n in names if file.shape(n)[0] >= 1000), key=lambda n: int(n.split(".")[2]))
-        tables = {n: file.tensor(n).clone() for n in large}
-    return [(f"table {n.split('.')[2]}", partial(TrainedRows.of, tensor)) for n, tensor in tables.items()]
+        tables = {f"table {n.split('.')[2]}": file.tensor(n).clone() for n in large}
+    if not tables:
+        raise UserError(f"{path} has no exact table of 1,000 rows and more")
+    return tables
 
 
 def lapack(rows: TrainedRows, rank: int) -> Tensor:
@@ -150,12 +151,11 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = list(dict.fromkeys(r["name"] for r in results))
-    most = max(r["rows"] for r in results)
+    largest = max(results, key=lambda r: r["rows"])
+    most, spectrum = largest["rows"], largest["spectrum"]
     for colour, name in enumerate(names):
         mine = [r for r in results if r["name"] == name]
-        shown = sorted(
-            (r["dim"], r["seconds_median"]) for r in mine if r["rows"] == most and r["spectrum"] == "decaying"
-        )
+        shown = sorted((r["dim"], r["seconds_median"]) for r in mine if r["rows"] == most and r["spectrum"] == spectrum)
         if shown:
             left.plot(*zip(*shown, strict=True), marker="o", label=name, color=f"C{colour}")
         if name.startswith("randomized"):
@@ -163,7 +163,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
             right.scatter(*zip(*points, strict=True), label=name, color=f"C{colour}", s=16)
     ends = [1, max(r["bound"] for r in results)]
     right.plot(ends, ends, linestyle="--", color="grey", label="bound without power iterations")
-    left.set(xscale="log", yscale="log", xlabel="width", ylabel="seconds", title=f"{most:,} rows, decaying spectrum")
+    left.set(xscale="log", yscale="log", xlabel="width", ylabel="seconds", title=f"{most:,} rows, {spectrum}")
     right.set(xlabel="bound of the expected error over the least", ylabel="observed", title="all tables")
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -172,8 +172,38 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def find_cases(given: argparse.Namespace) -> list[tuple[str, int, Callable[[], TrainedRows]]]:
+    """Name, rank and maker of each table; a UserError for what cannot be meant, before anything is measured."""
+    if not given.out.absolute().parent.is_dir():
+        raise UserError(f"--out {given.out}: there is no folder {given.out.absolute().parent}")
+    if given.repeat < 1:
+        raise UserError(f"--repeat is {given.repeat}, but must be at least 1")
+    if given.trained:
+        tables = trained(given.trained)
+        shapes = [(name, *tensor.shape, partial(TrainedRows.of, tensor)) for name, tensor in tables.items()]
+    else:
+        if given.file and given.file.exists():
+            raise UserError(f"--file {given.file} is there already, and would be written over and removed")
+        shapes = [
+            (s, r, d, partial(table, s, r, d, given.file))
+            for r in given.rows
+            for d in given.dim
+            for s in given.spectrum
+        ]
+    cases = []
+    for name, rows, dim, make in shapes:
+        rank = given.rank or dim // 8
+        if not 1 <= rank < min(rows, dim):
+            raise UserError(
+                f"--rank {given.rank} must be below --dim {dim}, and that at least 8 where no rank is given; and below "
+                f"the rows, which are {rows:,}"
+            )
+        cases.append((name, rank, make))
+    return cases
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the flags and returns the exit code."""
+    """Parses the flags and returns the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 64, 128])
@@ -187,26 +217,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, help="keep the table there instead of in memory; removed afterwards")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, with a plot beside it")
     given = parser.parse_args(arguments)
-    for dim in given.dim if not given.trained else ():
-        if not 0 <= given.rank < dim or dim < 8:
-            print(f"error: --rank {given.rank} must be below --dim {dim}, and that at least 8", file=sys.stderr)
-            return 2
-    results: list[dict[str, Any]] = []
     try:
-        device = open_device(given.device)
-        cases = (
-            trained(given.trained)
-            if given.trained
-            else [
-                (s, partial(table, s, r, d, given.file)) for r in given.rows for d in given.dim for s in given.spectrum
-            ]
-        )
+        cases = find_cases(given)
+        study(cases, given, open_device(given.device))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for spectrum, make in tqdm(cases, unit="table", file=sys.stderr, disable=None):
-        made = make()
-        for row in measure(spectrum, made, given.rank or made.dim // 8, given.repeat, device):
+    except KeyboardInterrupt:
+        print("interrupted; the tables measured so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def study(
+    cases: Sequence[tuple[str, int, Callable[[], TrainedRows]]], given: argparse.Namespace, device: Device
+) -> None:
+    """Measures all tables, and writes after each what there is."""
+    results: list[dict[str, Any]] = []
+    about = {"threads": torch.get_num_threads(), "versions": versions()}
+    for name, rank, make in tqdm(cases, unit="table", file=sys.stderr, disable=None):
+        try:
+            made = make()
+            found = measure(name, made, rank, given.repeat, device)
+        finally:
+            if given.file and not given.trained:
+                given.file.unlink(missing_ok=True)
+        for row in found:
             print(
                 f"{row['spectrum']:<10}{row['rows']:>12,} x {row['dim']:<5}rank {row['rank']:<4}{row['name']:<22}"
                 f"{row['seconds_median']:>9.3f} s  error {row['error']:.3f} x {row['error_over_least']:.4f}"
@@ -214,13 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             results.append(row)
         del made
-    if given.file and not given.trained:
-        os.unlink(given.file)
-    about = {"threads": torch.get_num_threads(), "versions": versions()}
-    given.out.write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n")
+        given.out.write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n")
     plot(results, given.out.with_suffix(".png"))
     print(f"wrote {given.out} and {given.out.with_suffix('.png')}")
-    return 0
 
 
 if __name__ == "__main__":

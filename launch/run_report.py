@@ -51,7 +51,8 @@ def make_report(
         "exact_embedding_bytes": plan.whole,
         "compression_ratio": plan.whole / embedding_bytes,
         "num_parameters": sum(p.numel() for p in steps.model.parameters()) + steps.rows.num_parameters,
-        "train_samples_per_second": config.batch_size / outcome.step_ms_median * 1000,
+        # Padding, of a last batch or of a bucket of bags, is no sample.
+        "train_samples_per_second": outcome.samples / max(1, outcome.steps) / outcome.step_ms_median * 1000,
         "step_ms_median": outcome.step_ms_median,
         "compiles": sum(watch.compiles.values()),
         "compiles_by_phase": watch.compiles,

@@ -134,6 +134,9 @@ def test_what_is_missing_is_said_and_left_out(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.arms, "fbgemm", missing)
     assert bench.main(["--what", "lookup", *SMALL]) == 0
     assert "FBGEMM: not installed" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert bench.main(["--what", "lookup", *SMALL, "--dim", "6"]) == 0
+    assert "FBGEMM: takes widths in fours, not 6; left out" in capsys.readouterr().out
     assert bench.main(["--out", str(tmp_path / "no" / "b.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 

@@ -223,7 +223,7 @@ def test_what_is_no_module_is_refused():
         (["--preset", "kagle"], "kaggle"),
         (["--chips", "5"], "v5e has slices of 1, 4, 8, 16, 32, 64, 128, 256 chips, or a topology as 2x2"),
         (["--chip", "v4", "--chips", "2x2"], "v4 has slices of"),
-        (["--chips", "4", "--batch-size", "30"], "30 cannot be cut into equal parts for 4 chips"),
+        (["--chips", "4", "--batch-size", "30"], "a batch of 30 cannot be cut into equal parts for 4 chips"),
         (["--out", "nowhere/else/x.json"], "a folder that exists"),
         (["--dim", "0"], "dim is 0"),
     ],

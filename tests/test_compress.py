@@ -210,8 +210,21 @@ def test_the_study_compares_its_methods_and_its_bound(tmp_path, capsys):
     for row in rows:
         assert 1 - 1e-4 <= row["error_over_least"] <= row["bound"] + 1e-4
     assert out.with_suffix(".png").stat().st_size > 0
-    assert study.main(["--rows", "500", "--dim", "16", "--rank", "16", "--out", str(out)]) == 2
-    assert "must be below --dim 16" in capsys.readouterr().err
+    kept = tmp_path / "kept.bin"
+    kept.write_text("precious")
+    for wrong, words in (
+        (["--rank", "16"], "must be below --dim 16"),
+        (["--rows", "2"], "below the rows, which are 2"),
+        (["--repeat", "0"], "--repeat is 0"),
+        (["--file", str(kept)], "is there already"),
+        (["--out", str(tmp_path / "no" / "s.json")], "there is no folder"),
+    ):
+        assert study.main(["--rows", "500", "--dim", "16", "--out", str(out), *wrong]) == 2
+        assert words in capsys.readouterr().err
+    assert kept.read_text() == "precious"
+    again = ["--rows", "500", "--dim", "16", "--spectrum", "flat", "--repeat", "1", "--out", str(out)]
+    assert study.main([*again, "--file", str(tmp_path / "new.bin")]) == 0
+    assert not (tmp_path / "new.bin").exists()
 
 
 @needs_xla

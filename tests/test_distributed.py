@@ -181,6 +181,12 @@ def test_a_plan_that_fits_nowhere_says_what_it_was_given():
     assert "0: 130,000,000, 1: 130,000,000" in text(shards, 2)
     with pytest.raises(UserError, match="state is by row"):
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "column_wise"})
+    few = [Table("few", 4, 16), Table("many", 6, 16)]
+    with pytest.raises(UserError, match="few of 4 rows cannot be cut by rows for 3 ranks"):
+        make_shards(few, [1, 1], 9, 3, "cpu", 1e9, RowSettings("adam"), {"few": "row_wise"})
+    kinds = make_shards(few, [1, 1], 9, 3, "cpu", 1e9, RowSettings("adam"), {"many": "row_wise"}).kinds
+    assert kinds[0] != "row_wise"
+    assert kinds[1] == "row_wise"
     with pytest.raises(UserError, match="would move rows that a step does not look up"):
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adam"), {"small": "data_parallel"})
     with pytest.raises(UserError, match="did you mean 'row_wise'"):
@@ -244,6 +250,16 @@ def test_other_optimizers_cut_by_columns(optimizer, tmp_path):
     if optimizer == "sgd":  # which divides by nothing, so its tables are held to what sums may differ by
         last = "checkpoints/last.safetensors"
         assert_same_checkpoint(tmp_path / "alone" / last, tmp_path / "two" / last, 1e-6)
+
+
+@pytest.mark.slow
+def test_bags_of_varying_length_whose_first_is_looked_up_slot_by_slot(tmp_path):
+    changes = {"synthetic_bags": [4, 1, 3, 1, 2, 1, 1, 1], "synthetic_variable": True, "sharding": {}}
+    flags = list(map(str, settings_file(tmp_path, **changes, tables={"C1": "int8", "C3": "memcom:rows=100"})))
+    assert launcher.main([*flags, "--out", str(tmp_path / "alone")]) == 0
+    done = torchrun(2, *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Statistics over seeds, what is chosen by them, and the page."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,8 +17,10 @@ pytest.importorskip("jinja2")
 from dlrm_xla_studies import choice, page, statistics
 from dlrm_xla_studies.families import exponents, growth, timed
 from dlrm_xla_studies.figures import pareto
+from dlrm_xla_studies.results import SETTINGS
 from scipy import stats
 
+from dlrm_xla.config import Config
 from dlrm_xla.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -92,6 +95,28 @@ def test_what_does_not_compare_is_refused(column, value, words):
     runs.loc[len(runs) - 1, column] = value
     with pytest.raises(UserError, match=words):
         page.html(runs, "mixed")
+
+
+def test_every_setting_that_changes_a_result_tells_runs_apart():
+    ran = runs_of(["hash_rows"], seeds=2)
+    both = pd.concat([ran.assign(cross_rank=4), ran.assign(cross_rank=64)], ignore_index=True)
+    found = statistics.summary(both)
+    assert len(found) == 2 * len(statistics.summary(ran))
+    assert set(found["seeds"]) == {2}
+    assert set(found["auc_change_seeds"]) == {2}
+    told = {"plugin", "device", "preset", "batch_size", "epochs_asked", "data", *SETTINGS}
+    fields = {f.name for f in dataclasses.fields(Config)} - {"seed", "epochs"}
+    assert fields - told == {
+        "out", "data_cache", "log_every", "save_every", "save_minutes", "keep_checkpoints", "rank_patience"
+    }  # fmt: skip
+
+
+def test_other_rows_are_refused_whatever_the_width():
+    ran = runs_of(["hash_rows"])
+    wider = ran.assign(dim=32, exact_embedding_bytes=40_000_000)
+    assert statistics.check_alike(pd.concat([ran, wider])) == []
+    with pytest.raises(UserError, match="different rows"):
+        statistics.check_alike(pd.concat([ran, wider.assign(data_digest="b")]))
 
 
 def test_of_two_methods_none_is_chosen():

@@ -14,6 +14,7 @@ from spmd_steps import make_steps
 
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.train import check_batch
 
 pytestmark = needs_xla
 
@@ -95,6 +96,10 @@ def test_a_batch_that_chips_cannot_share_is_refused():
     device = replace(device, rows=replace(device.rows, chips=Chips()))
     with pytest.raises(UserError, match="batch of 32 cannot be cut into equal parts for 3 chips: take --batch-size 33"):
         make_steps("exact/sgd/0", device)
+    with pytest.raises(
+        UserError, match=r"each of 8 micro-batches of a batch of 64 .* for 3 chips: take --batch-size 72"
+    ):
+        check_batch(64, 8, 3)
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ runs:
 tuning: {trials: 5, seed: 7, search: {row_lr: [0.01, 0.5]}}
 """
     study = read_study(study_file(text), FLAGS)
-    groups = grid.methods(grid.cells(study), study.tuning)
+    groups = grid.methods(grid.cells(study))
     assert len(groups) == 2  # what sets its own rate is not tuned
     for group in groups.values():
         assert len(group) == 6
@@ -130,6 +130,38 @@ tuning: {trials: 5, seed: 7, search: {row_lr: [0.01, 0.5]}}
         again = []
         tune(place, study.tuning, lambda cell, again=again: again.append(cell) or None)
         assert again[0].id == asked[0].id
+
+
+def test_what_a_block_decides_is_not_searched_for_it(study_file, tmp_path):
+    text = """
+runs:
+  - {plugin: exact, row_lr: [0.02, 0.08], seed: [0, 1]}
+  - {plugin: exact, seed: [0, 1]}
+tuning: {trials: 3, search: {row_lr: [0.01, 0.5], dense_lr: [0.001, 0.1]}}
+"""
+    study = read_study(study_file(text), FLAGS)
+    groups = grid.methods(grid.cells(study))
+    assert [len(group) for group in groups.values()] == [2, 2, 2]
+    for method, group in groups.items():
+        rates = []
+        place = grid.trial_place(group, 0)
+        best = tune(
+            place, study.tuning, lambda cell, rates=rates: rates.append(cell.settings) or cell.settings["dense_lr"]
+        )
+        given = [cell.with_tuned(best).settings for cell in group]
+        assert all(settings["dense_lr"] == best["dense_lr"] for settings in given), method
+        if "row_lr" not in best:  # the trials' is the cells' own
+            assert {s["row_lr"] for s in rates} == {s["row_lr"] for s in given}
+
+
+def test_cells_of_other_epochs_have_plans_of_their_own():
+    from dlrm_xla_studies.feasible import plan_key
+
+    one, other, seed = (
+        plan_key(grid.Cell("run", {"plugin": "exact", **settings}))
+        for settings in ({"epochs": 1}, {"epochs": 50}, {"epochs": 1, "seed": 3})
+    )
+    assert one == seed != other
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -1,5 +1,7 @@
 """Steps that are recorded once: what they do must be what tracing at each call does."""
 
+import gc
+
 import pytest
 import torch
 from conftest import needs_xla
@@ -62,6 +64,20 @@ def test_a_rate_may_equal_another_number_of_the_step(device):
         recorded(torch.full((2,), float(k + 1)).to("xla"), rate=rate)
         expected = expected * 0.001 + (k + 1) * 0.001 * rate
         assert total.tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
+def test_a_view_that_outlives_a_tensor_which_a_cycle_held_does_not_matter(device):
+    class Holder:
+        pass
+
+    holder = Holder()
+    holder.me, holder.rows = holder, torch.arange(8.0)
+    kept = holder.rows[2:]
+    del holder
+    gc.collect()
+    recorded = device.compile(lambda x: x + 1, "views")
+    assert recorded(torch.ones(2).to("xla")).cpu().tolist() == [2, 2]
+    assert kept[0] == 2
 
 
 def test_what_happens_to_a_tensor_between_calls_is_seen(device):

@@ -94,7 +94,7 @@ class CompositionalBag(ComposedBag):
             return torch.stack(added).sum(0)
         # A bag of one slot gives the row itself, which is what must be multiplied.
         weights_N1 = weights_BL.reshape(-1, 1)
-        ones_N1 = torch.ones_like(weights_N1)
+        ones_N1 = (weights_N1 != 0).to(weights_N1.dtype)  # padding is not looked up
         weights = [weights_N1, *[ones_N1] * len(self.radices)]
         factors = yield [
             Wanted(bag, part.reshape(-1, 1), weight_N1)

@@ -37,7 +37,7 @@ class Forecast:
         return START_SECONDS + self.samples / SAMPLES_PER_SECOND if self.samples else OTHER_TOOL_SECONDS
 
 
-_NOT_PLANNED = ("seed", "row_lr", "dense_lr", "plugin_lr", "out", "epochs")
+_NOT_PLANNED = ("seed", "row_lr", "dense_lr", "plugin_lr", "out")
 
 
 def plan_key(cell: Cell) -> str:

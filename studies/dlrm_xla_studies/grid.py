@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dlrm_xla_studies.spec import Block, Study, Tool, Tuning
+from dlrm_xla_studies.spec import Block, Study, Tool
 
 SCRIPTS: dict[Tool, str] = {"run": "run", "compile": "compile_tpu", "bench": "bench"}
 # Of a run's settings, those that its name tells, in this order.
@@ -57,9 +57,9 @@ class Cell:
         device = str(self.settings.get("device", "cpu"))
         return "tpu compiler" if self.tool == "compile" else "" if device == "cpu" else device
 
-    def method(self, tuning: Tuning) -> str:
+    def method(self) -> str:
         """What is tuned as one: all settings but the ratio, the seed and those to tune."""
-        left = {k: v for k, v in self.settings.items() if k not in _NOT_OF_METHOD and k not in tuning.search}
+        left = {k: v for k, v in self.settings.items() if k not in _NOT_OF_METHOD and k not in self.tuned}
         return json.dumps(left, sort_keys=True)
 
     def with_tuned(self, values: Mapping[str, float]) -> Cell:
@@ -103,12 +103,12 @@ def _block_cells(study: Study, block: Block) -> Iterator[Cell]:
         yield Cell("run", {"device": "cpu", "plugin": "exact", "seed": 0, **study.settings, **own}, tuned=tuned)
 
 
-def methods(found: Sequence[Cell], tuning: Tuning) -> dict[str, list[Cell]]:
+def methods(found: Sequence[Cell]) -> dict[str, list[Cell]]:
     """The cells that wait for tuning, by method."""
     groups: dict[str, list[Cell]] = {}
     for cell in found:
         if cell.tuned:
-            groups.setdefault(cell.method(tuning), []).append(cell)
+            groups.setdefault(cell.method(), []).append(cell)
     return groups
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,19 +11,17 @@ from typing import Any
 
 import pandas as pd
 
+from dlrm_xla.config import Config
 from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.grid import Cell
 from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
 
 TABLE = "results.parquet"
-# Settings that tell runs apart, beside those that a report has itself.
-SETTINGS = (
-    "ratio", "min_count", "min_rows", "row_lr", "plugin_lr", "dense_lr", "row_optimizer", "dense_optimizer", "dim",
-    "precision", "row_precision", "memory", "bottom", "top", "interaction", "warmup_steps", "decay_start",
-    "decay_steps", "patience", "evals_per_epoch", "micro_batches", "row_weight_decay", "synthetic_rows",
-    "synthetic_tables",
-    "synthetic_bags", "tables",
-)  # fmt: skip
+# Settings that a report has itself, and those that say what is written where and when.
+_IN_REPORT = ("plugin", "device", "preset", "batch_size", "epochs", "seed", "data")
+_OF_FILES = ("out", "data_cache", "log_every", "save_every", "save_minutes", "keep_checkpoints", "rank_patience")
+# All others tell runs apart.
+SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _IN_REPORT + _OF_FILES)
 # What an undisturbed study and one that was killed and resumed agree in.
 TIMES = ("train_samples_per_second", "step_ms_median", "seconds", "attempts", "ms_median", "ms_min", "gb_per_s",
          "share_of_copy", "ratio_to_best_other", "ratio_to_1M", "ratio_to_exact", "folder", "compiles",
@@ -36,7 +35,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     row = {key: value for key, value in report.items() if not isinstance(value, dict | list)}
     row["training_bytes"] = trained
     row["table_rows"] = sum(t.get("rows", 0) for t in tables)
-    row |= {key: _flat(plain[key]) for key in SETTINGS if key in plain}
+    # A setting that an older version did not have was as it is by default.
+    row |= {key: _flat(plain.get(key, getattr(Config(), key))) for key in SETTINGS}
     row["epochs_asked"] = plain.get("epochs")
     row["data"] = Path(str(plain.get("data") or "synthetic")).name
     row["data_digest"] = report.get("data", {}).get("rows", "")

@@ -22,7 +22,7 @@ class Stages:
         self.study, self.out, self.cells, self.forecasts = study, out, list(cells), dict(forecasts)
         self.known = {cell.id: cell for cell in cells if not cell.tuned}
         tuning = study.tuning
-        groups = grid.methods(cells, tuning) if tuning else {}
+        groups = grid.methods(cells) if tuning else {}
         self.groups = {m: (grid.trial_place(group, tuning.seed), group) for m, group in groups.items() if tuning}
         for place, group in self.groups.values():
             same_size = [c for c in group if c.settings.get("ratio") == place.settings.get("ratio")]
@@ -99,7 +99,7 @@ class Stages:
         self.known = {}
         for cell in self.cells:
             if cell.tuned and tuning:
-                method = cell.method(tuning)
+                method = cell.method()
                 if method not in found:
                     continue
                 settled = cell.with_tuned(found[method])

@@ -24,7 +24,7 @@ def tune(place: Cell, tuning: Tuning, loss_of: Callable[[Cell], float | None]) -
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    method = place.method(tuning)
+    method = place.method()
     seed = int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big")
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, tuning.trials // 2))
     study = optuna.create_study(sampler=sampler, direction="minimize")
