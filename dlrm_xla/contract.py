@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ class Table:
     std: float | None = None
 
     def __post_init__(self) -> None:
+        for what, number in (("num_rows", self.num_rows), ("dim", self.dim)):
+            if not isinstance(number, Integral):
+                raise ValueError(f"table {self.name}: {what} is {number!r}, but must be a whole number")
         if self.num_rows < 1 or self.dim < 1:
             raise ValueError(f"table {self.name}: {self.num_rows} rows x {self.dim} is not a table; both must be >= 1")
         if self.num_rows > MAX_ROWS:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dlrm_xla.errors import UserError
+from dlrm_xla.host_rates import HostRates
 
 # Calls that run as they are before a graph is recorded: what a step makes once it has then made, and a learning rate
 # that still changes from step to step, as in warm-up and decay, is not recorded each time.
@@ -23,9 +24,9 @@ class CapturedStep:
     """A step that becomes one CUDA graph once it was called a few times at one rate; until then it runs as it is.
 
     ``step(*args)`` or ``step(*args, rate=float)`` as for `dlrm_xla.xla_steps.RecordedStep`, whose rules about a step
-    hold here too, though a number of the host that differs from call to call is not noticed: what it reads and writes
-    besides its arguments stays where it is, and it asks the device nothing. After something was put elsewhere call
-    `forget`. Results are copies, so they outlive the next call.
+    hold here too, though a number of the host that differs from call to call is not noticed, but for learning rates,
+    for which it is recorded anew: what it reads and writes besides its arguments stays where it is, and it asks the
+    device nothing. After something was put elsewhere call `forget`. Results are copies, so they outlive the next call.
 
     Raises UserError where the step cannot be recorded.
     """
@@ -38,15 +39,16 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._output: Any = None
+        self._host_rates: HostRates | None = None
 
     def forget(self) -> None:
         """Has the graph recorded anew."""
-        self._calls, self._graph, self._inputs, self._output = 0, None, [], None
+        self._calls, self._graph, self._inputs, self._output, self._host_rates = 0, None, [], None, None
 
     def __call__(self, *args: Any, **rate: float) -> Any:
         tensors = _leaves(args)
         kind = rate, [(t.shape, t.dtype) for t in tensors]
-        if kind != self._kind:
+        if kind != self._kind or (self._host_rates and self._host_rates.changed()):
             self.forget()
             self._kind = kind
         if self._graph is None:
@@ -84,6 +86,8 @@ class CapturedStep:
             said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise UserError(f"the {self._name} step cannot be recorded as a CUDA graph: {said}. {advice}") from error
         self._graph, self._inputs = graph, _leaves(own)
+        if not rate:  # else the step sets them
+            self._host_rates = HostRates(lambda tensor: tensor.is_cuda)
 
 
 def _leaves(value: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dlrm_xla.config import DenseOptimizerName
 from dlrm_xla.device import Device
+from dlrm_xla.errors import UserError, choices
 
 _KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -28,6 +29,8 @@ def dense_optimizer(
     another graph than the following ones. Here a twin on the host takes one step of zero gradients, and its state, set
     back to step 0, is loaded.
     """
+    if name not in _KINDS:
+        raise UserError(f"there is no dense optimizer {name!r}; {choices(name, _KINDS)}")
     real = [([p for p in parameters if p.requires_grad], rate) for parameters, rate in groups]
     real = [(parameters, rate) for parameters, rate in real if parameters]
     zeros = [[nn.Parameter(torch.zeros(p.shape)) for p in parameters] for parameters, _ in real]

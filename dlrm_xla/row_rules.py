@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dlrm_xla.config import RowOptimizerName
 from dlrm_xla.device import Device
+from dlrm_xla.errors import UserError, choices
 from dlrm_xla.one_hot import matmul_parts
 
 StateName = Literal["fp32", "bf16"]
@@ -44,6 +45,14 @@ class RowSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     state: StateName = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.name not in RULES:
+            raise UserError(f"there is no row optimizer {self.name!r}; {choices(self.name, RULES)}")
+        if self.state not in get_args(StateName):
+            raise UserError(
+                f"state of a row optimizer cannot be {self.state!r}; {choices(self.state, get_args(StateName))}"
+            )
 
     @property
     def only_adds(self) -> bool:

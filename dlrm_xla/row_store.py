@@ -20,6 +20,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.fbgemm_rows import FbgemmRows
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.host import on_host
+from dlrm_xla.host_rates import HasHostRate
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_files import RowFiles
 from dlrm_xla.row_lines import Placement, lines_of, rows_of, write_rows
@@ -34,7 +35,7 @@ _STREAMED_LINES_PER_ID = 7
 MAX_STACK_ROWS = 2**31 - 2**27
 
 
-class RowStore:
+class RowStore(HasHostRate):
     """Takes the rows of every exact table in a model, whatever plugins are around it, and updates them.
 
     Tables of one width, type and placement become one `RowStack` on the device. The model still runs as before;
@@ -55,7 +56,7 @@ class RowStore:
         step_ids: int = 0,
     ) -> None:
         self._ranks = ranks
-        self._learning_rate = learning_rate
+        self._learning_rate = _checked(learning_rate)
         # On the device: torch_xla makes equal numbers of a graph one input, so a count on the host that equals another
         # number of the step would be another graph.
         self._step = torch.zeros(1, dtype=torch.int32).to(device.torch_device)
@@ -99,7 +100,7 @@ class RowStore:
 
     @learning_rate.setter
     def learning_rate(self, rate: float) -> None:
-        self._learning_rate = rate
+        self._learning_rate = _checked(rate)
         for stack in self.stacks:
             if stack.fbgemm is not None:
                 stack.fbgemm.learning_rate = rate
@@ -108,9 +109,16 @@ class RowStore:
         """The model as it is run."""
         return model
 
+    def zero_grad(self) -> None:
+        """Forgets all lookups since the last step, with their gradients."""
+        for stack in self.stacks:
+            stack.lookups.clear()
+
     @torch.no_grad()
     def step(self) -> None:
-        """Applies and forgets the gradients of all lookups since the last step."""
+        """Applies and forgets the gradients of all lookups since the last step; one without a gradient counts not."""
+        for stack in self.stacks:  # a loss that failed, or was never asked for gradients, leaves such
+            stack.lookups[:] = [lookup for lookup in stack.lookups if lookup.leaf.grad is not None]
         self._step += 1
         names, numbers = list[str](), list[Tensor]()
         used = [(s, o) for s, o in zip(self.stacks, self.optimizers, strict=True) if s.lookups]
@@ -237,6 +245,12 @@ class RowStore:
             self.device.write(array, host)
 
 
+def _checked(rate: float) -> float:
+    if not rate >= 0:
+        raise UserError(f"a learning rate of rows is {rate}, but must be 0 or a number above it")
+    return rate
+
+
 def row_builder(config: Config, device: Device) -> tuple[MakeBag, RowFiles | None]:
     """The innermost builder that a configuration asks for, and its files."""
     files = None
@@ -279,7 +293,8 @@ def _grouped(
     groups: dict[tuple[Placement, int, torch.dtype, bool, object], list[RowTable]] = {}
     parts: dict[tuple[Placement, int, torch.dtype, bool], tuple[int, int]] = {}
     for member in members:
-        assert member.weight is not None, f"{member.table.name} is in a store already"
+        if member.weight is None:
+            raise UserError(f"table {member.table.name} is in a row store already: one takes all tables of a model")
         kind = (place(member.table), member.table.dim, member.weight.dtype, member in near)
         if member.table.num_rows > MAX_STACK_ROWS:
             raise UserError(

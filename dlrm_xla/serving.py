@@ -112,16 +112,23 @@ def check_tables(described: Mapping[str, Any], rows: Sequence[int]) -> None:
 class Scorer(nn.Module):
     """Click probabilities [B] from dense_BI float32 and ids_BS int32, the slots of all features side by side.
 
+    An id that its table has not counts as 0, as one of a prepared dataset does that training saw too rarely for a row.
     Where bags vary in length, slots that a bag does not fill have the id -1.
     """
+
+    rows_S: Tensor
 
     def __init__(self, model: DLRM, bag_lengths: Sequence[int], variable_bags: bool = False) -> None:
         super().__init__()
         self.model = model
         self.bag_lengths = list(bag_lengths)
         self.lengths = tuple(bag_lengths) if variable_bags else None
+        rows = torch.tensor([t.num_rows for t in model.tables], dtype=torch.int32)
+        self.register_buffer("rows_S", rows.repeat_interleave(torch.tensor(self.bag_lengths)), persistent=False)
 
     def forward(self, dense_BI: Tensor, ids_BS: Tensor) -> Tensor:
+        within_BS = (ids_BS < self.rows_S) & (ids_BS >= (0 if self.lengths is None else -1))
+        ids_BS = torch.where(within_BS, ids_BS, 0)
         packed = PackedBatch(dense_BI, ids_BS, torch.zeros_like(dense_BI[:, 0]), lengths=self.lengths)
         batch = unpack(packed, self.bag_lengths)
         logits_B: Tensor = self.model(batch.dense_BI, batch.ids, batch.weights)

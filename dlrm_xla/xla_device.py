@@ -30,6 +30,8 @@ def open_xla_first() -> bool:
     """
     if importlib.util.find_spec("torch_xla") is None:
         return False
+    if not (devices := os.environ.get("CPU_NUM_DEVICES", "1")).isdecimal() or int(devices) < 1:
+        raise UserError(f"CPU_NUM_DEVICES is {devices!r}, but must be a number of devices")  # xla would crash
     # By default 0 and 1 become constants of the graph, so a learning rate passing through 1.0 would compile again.
     os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
     # XLA warns at every partitioned compile that its partitioner has a successor, which torch_xla 2.9 does not use.

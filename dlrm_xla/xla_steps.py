@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from dlrm_xla.errors import UserError
+from dlrm_xla.host_rates import HostRates
 
 _XLAC = torch_xla._XLAC
 # Two rates at which a step is traced. What is proportional to them is no number that a step is likely to hold besides:
@@ -56,7 +57,7 @@ class RecordedStep:
     Whatever it writes to tensors that live on happens in place, in their own buffers. Numbers of Python in it must be
     the same at each call, or proportional to ``rate``; the two traces tell which is which, and refuse others.
 
-    Raises UserError where the step is not one graph.
+    Raises UserError where the step is not one graph, and where a learning rate was changed that it would not see.
     """
 
     def __init__(self, step: Callable[..., Any], name: str) -> None:
@@ -69,6 +70,7 @@ class RecordedStep:
         self._num_outputs, self._single = 0, False
         self._scaled: dict[int, tuple[float, torch.dtype]] = {}
         self._rate_inputs: tuple[float, dict[int, Tensor]] = (0.0, {})
+        self._host_rates: HostRates | None = None
 
     def __call__(self, *args: Any, rate: float | None = None) -> Any:
         tensors = list(tensors_in(args))
@@ -79,7 +81,13 @@ class RecordedStep:
         elif shapes != self._shapes:
             raise UserError(
                 f"the {self._name} step is not one XLA graph: it was recorded for arguments {_described(self._shapes)} "
-                f"and now gets {_described(shapes)}"
+                f"and now gets {_described(shapes)}. Give it batches of one shape and type: a shorter last one padded "
+                "with weights and labels that count for nothing"
+            )
+        if self._host_rates and (changed := self._host_rates.changed()):
+            raise UserError(
+                f"the learning rate went from {changed}, which the {self._name} step, recorded before, does not see. "
+                "Let it take a rate=, by which it multiplies the rates, and call it with one."
             )
         state = [ref() for ref in self._written]
         live = [source() for source in self._inputs if callable(source)]
@@ -118,6 +126,9 @@ class RecordedStep:
         self._written = [weakref.ref(t) for t in trace.written]
         self._num_outputs, self._single = len(trace.outputs), trace.single
         self._graph = trace.graph
+        if rate is None:  # else the step sets them
+            written = {id(t) for t in trace.written}
+            self._host_rates = HostRates(lambda tensor: id(tensor) in written)
 
     def trace(
         self,

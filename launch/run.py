@@ -44,7 +44,7 @@ from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.run_folder import NoRunFolder, RunFolder, check_out, versions
-from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, predict, train
+from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, check_batch, predict, train
 
 INTERRUPTED = 130
 
@@ -98,6 +98,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         ranks.from_first(lambda: check_out(config.out))
     torch.manual_seed(config.seed)
     device = open_device(config.device, hosts=True)
+    check_batch(config.batch_size, config.micro_batches, device.rows.num_chips)
     guards.announce(device, config.precision)
     # Refused now rather than after minutes of drawing rows; a ratio is of the ids that these rows will have.
     if not config.data and not config.ratio and ranks.part[1] == 1:

@@ -13,6 +13,7 @@ from torch import nn
 from dlrm_xla import fbgemm_rows, row_store
 from dlrm_xla.bags import BagCollection
 from dlrm_xla.contract import Table
+from dlrm_xla.dense_optim import dense_optimizer
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.lookup import Lookup
@@ -494,6 +495,58 @@ def test_lookups_outside_training_leave_nothing_behind():
     with torch.no_grad():
         model.bag(ids, ones)
     assert store.stacks[0].lookups == []
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+@pytest.mark.parametrize("placement", ["sparse", "dense"])
+def test_a_step_that_broke_off_does_not_count(name, placement):
+    def trained(*accidents):
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.bag = RowTable(Table("t", 50, 4))
+        store = RowStore(model, open_device("cpu"), RowSettings(name), 0.1, lambda table: placement)
+        for k in range(4):
+            if k in accidents:
+                model.bag(torch.full((3, 1), 7, dtype=torch.int32), torch.ones(3, 1))  # and its loss fails
+            ids = torch.arange(k, k + 6, dtype=torch.int32).view(3, 2)
+            model.bag(ids, torch.ones(3, 2)).square().sum().backward()
+            store.step()
+        ((_, rows),) = store.tables()
+        return rows
+
+    torch.testing.assert_close(trained(0, 2), trained(), atol=0, rtol=0)
+
+
+def test_gradients_may_be_forgotten():
+    model = nn.Module()
+    model.bag = RowTable(Table("t", 5, 2))
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 1.0)
+    before = [rows.clone() for _, rows in store.tables()]
+    model.bag(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)).sum().backward()
+    store.zero_grad()
+    store.step()
+    assert torch.equal(next(store.tables())[1], before[0])
+
+
+def test_what_a_library_user_mistypes_is_named():
+    with pytest.raises(UserError, match="'adagradd'; did you mean 'adagrad'"):
+        RowSettings("adagradd")
+    with pytest.raises(UserError, match="did you mean 'fp32'"):
+        RowSettings("sgd", state="fp23")
+    with pytest.raises(UserError, match="'adamm'; did you mean 'adam'"):
+        dense_optimizer("adamm", [], open_device("cpu"))
+    for wrong in ("100", 10.5):
+        with pytest.raises(ValueError, match=f"num_rows is {wrong!r}, but must be a whole number"):
+            Table("x", wrong, 8)
+    model = nn.Module()
+    model.bag = RowTable(Table("items", 5, 2))
+    with pytest.raises(UserError, match=r"rate of rows is -0.1"):
+        RowStore(model, open_device("cpu"), RowSettings("sgd"), -0.1)
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.0)
+    with pytest.raises(UserError, match="rate of rows is nan"):
+        store.learning_rate = float("nan")
+    with pytest.raises(UserError, match="items is in a row store already"):
+        RowStore(model, open_device("cpu"), RowSettings("sgd"), 0.1)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, where kernels are interpreted

@@ -261,8 +261,8 @@ def test_the_readmes_plugin_keeps_the_contract():
 
 
 @pytest.mark.parametrize("device", EVERY_DEVICE)
-def test_the_readmes_own_model_learns_and_leaves_other_rows_alone(device):
-    code = (ROOT / "README.md").read_text().split("# own_model.py")[1].split("```")[0]
+def test_the_readmes_own_model_learns_and_leaves_other_rows_alone(device, tmp_path, monkeypatch):
+    code, _, schedule, _, saving, *_ = (ROOT / "README.md").read_text().split("# own_model.py")[1].split("```")
     before, loop = code.replace('open_device("cpu")', f'open_device("{device}")').split("run = device.compile")
     torch.manual_seed(0)
     ids_BL = torch.randint(0, 1000, (256, 5), dtype=torch.int32)
@@ -276,6 +276,12 @@ def test_the_readmes_own_model_learns_and_leaves_other_rows_alone(device):
         changed = (table != start[name]).any(1)
         touched = ids_BL // 4 if "quotient" in name else ids_BL % 4
         assert torch.equal(changed.nonzero().flatten(), touched.unique()), name
+    monkeypatch.chdir(tmp_path)
+    namespace["batches"] = [batch] * 12
+    exec(schedule.removeprefix("python"), namespace)
+    exec(saving.removeprefix("python"), namespace)
+    assert namespace["about"]["epoch"] == 1
+    assert namespace["loss"].item() < 0.3
 
 
 def test_metrics_equal_scikit_learn_and_a_constant_is_the_base_rate():

@@ -103,12 +103,20 @@ def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
     export(scorer, about, tmp_path, batch=6)
     with torch.no_grad():
         expected = {batch: scorer(*_inputs(batch)) for batch in (1, 6, 11)}
+        # Of ids that tables have not, as of values that training saw too rarely for a row.
+        dense, ids = _inputs(6)
+        ids[0, 0] = ids[1, 2] = ids[2, 5] = 0
+        beyond = ids.clone()
+        beyond[0, 0], beyond[1, 2], beyond[2, 5] = 30, 2**31 - 1, -1
+        assert torch.equal(scorer(dense, beyond), scorer(dense, ids))
     program = torch.export.load(tmp_path / "model.pt2").module()
     for batch, probabilities in expected.items():
         torch.testing.assert_close(program(*_inputs(batch)), probabilities, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(program(dense, beyond), program(dense, ids), atol=0, rtol=0)
     stablehlo = StableHLOGraphModule.load(str(tmp_path / "stablehlo"))
     found = torch.as_tensor(np.asarray(stablehlo(*_inputs(6)).cpu()))
     torch.testing.assert_close(found, expected[6], atol=1e-6, rtol=1e-5)
+    assert torch.equal(stablehlo(dense, beyond).cpu(), stablehlo(dense, ids).cpu())
 
 
 @needs_xla

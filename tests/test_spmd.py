@@ -88,6 +88,13 @@ def test_no_collective_is_as_large_as_a_table(quick):
     assert "f32[3128,128]" not in module
 
 
+@pytest.mark.parametrize("devices", ["abc", "0", "-2", ""])
+def test_a_number_of_devices_that_is_none_is_told(devices, monkeypatch):
+    monkeypatch.setenv("CPU_NUM_DEVICES", devices)
+    with pytest.raises(UserError, match=f"CPU_NUM_DEVICES is '{devices}', but must be a number"):
+        open_device("xla")
+
+
 def test_a_batch_that_chips_cannot_share_is_refused():
     class Chips:
         count = 3

@@ -7,8 +7,13 @@ import torch
 from conftest import needs_xla
 from torch import nn
 
+from dlrm_xla.contract import Table
+from dlrm_xla.dense_optim import dense_optimizer
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.row_rules import RowSettings
+from dlrm_xla.row_store import RowStore
+from dlrm_xla.rows import RowTable
 
 pytestmark = needs_xla
 
@@ -50,6 +55,40 @@ def test_steps_at_changing_rates_are_those_of_the_host_with_one_compile(device):
         assert loss.item() == pytest.approx(eager(x, rate).item(), rel=1e-5)
         torch.testing.assert_close(moved.weight.detach().cpu(), host.weight.detach())
     assert device.counters().compiles == before + 1
+
+
+def test_a_rate_changed_behind_the_back_of_a_recorded_step_is_refused(device):
+    model = torch.nn.Module()
+    model.bag, model.top = RowTable(Table("t", 9, 4)), torch.nn.Linear(4, 1)
+    rows = RowStore(model, device, RowSettings("sgd"), 0.5)
+    dense = dense_optimizer("sgd", [(device.place(model).parameters(), 0.25)], device)
+
+    def step(ids):
+        model.top(model.bag(ids, torch.ones_like(ids, dtype=torch.float32))).sum().backward()
+        dense.step()
+        dense.zero_grad()
+        rows.step()
+
+    def scheduled(ids, rate):
+        rows.learning_rate, dense.param_groups[0]["lr"] = 0.5 * rate, 0.25 * rate
+        step(ids)
+
+    ids = device.send(torch.zeros(2, 1, dtype=torch.int32))
+    recorded = device.compile(step, "train")
+    for change in (lambda: setattr(rows, "learning_rate", 0.1), lambda: dense.param_groups[0].update(lr=0.1)):
+        recorded(ids)
+        change()
+        with pytest.raises(UserError, match=r"the learning rate went from 0\.\d+ to 0\.1, which the train step"):
+            recorded(ids)
+        rows.learning_rate, dense.param_groups[0]["lr"] = 0.5, 0.25
+        recorded(ids)
+    other = device.compile(scheduled, "scheduled")
+    for rate in (1.0, 0.5, 0.0):
+        before = [t.clone() for _, t in rows.tables()]
+        other(ids, rate=rate)
+        moved = (next(rows.tables())[1] - before[0]).abs().max().item()
+        assert (moved > 0) == (rate > 0)
+        rows.learning_rate = 0.7  # which is set again by the step
 
 
 def test_a_rate_may_equal_another_number_of_the_step(device):
