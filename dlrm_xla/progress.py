@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -24,6 +25,7 @@ class Progress:
         self.began = self.last_line = time.monotonic()
         self.after_first = math.nan
         self.shown = shown
+        self._waited_for = threading.Event()
         terminal = shown and sys.stderr.isatty()
         self.bar = (
             tqdm(total=num_steps * samples_per_step, unit="sample", unit_scale=True, dynamic_ncols=True)
@@ -32,11 +34,14 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
+        if self.shown:
+            threading.Thread(target=self._tell_of_the_first, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._waited_for.set()
         if self.bar is not None:
             self.bar.close()
         elif self.done > self.told and self.shown:
@@ -54,6 +59,7 @@ class Progress:
         self.done += 1
         if self.done == 1:  # which holds what is compiled, and so is no measure of the others
             self.after_first = time.monotonic()
+            self._waited_for.set()
             if self.bar is not None:
                 self.bar.unpause()
         if self.bar is not None:
@@ -71,6 +77,14 @@ class Progress:
         self.shown_at = self.before + self.done
         if self.bar is not None:
             self.bar.set_postfix_str(self.figures, refresh=False)
+
+    def _tell_of_the_first(self) -> None:
+        while not self._waited_for.wait(SECONDS_BETWEEN_LINES):
+            waited = f"the first step, which compiles on xla, has taken {time.monotonic() - self.began:.0f} s"
+            if self.bar is not None:
+                self.bar.set_postfix_str(waited)
+            else:
+                print(waited, file=sys.stderr, flush=True)
 
     def _line(self) -> None:
         self.last_line, self.told = time.monotonic(), self.done

@@ -221,5 +221,5 @@ def text(shards: Shards, size: int) -> str:
     totals = [sum(each.get(rank, 0) for each in shards.bytes) for rank in range(size)]
     told = ", ".join(f"{rank}: {count:,}" for rank, count in enumerate(totals[:8]))
     told += f", and {size - 8} more up to {max(totals):,}" if size > 8 else ""
-    lines.append(f"{'in all':<16}{'':>12}{'':>5}  {'':<14}{told}; {int(shards.memory):,} bytes each")
+    lines.append(f"{'in all':<16}{'':>12}{'':>5}  {'':<14}{told}; each may use {int(shards.memory):,}")
     return "\n".join(lines)

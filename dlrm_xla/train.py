@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from dlrm_xla.ranks import ALONE, Ranks
 from dlrm_xla.row_files import RowFiles
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore, placement_rule
+from dlrm_xla.stopping import stop_signals
 from dlrm_xla.torchrec_plan import Shards
 from dlrm_xla.torchrec_rows import TorchrecRows
 
@@ -299,26 +297,6 @@ class Outcome:
     validations_without_gain: int = 0
     stopped_early: bool = False
     interrupted: bool = False
-
-
-@contextmanager
-def stop_signals(shown: bool = True) -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a question to ask after each step; a second one ends at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        if shown:  # written without a buffer, which whoever was interrupted may be in the middle of
-            os.write(2, b"\nstopping after this step, then saving; the same again stops at once\n")
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def phase(name: str, packed: PackedBatch) -> str:

@@ -56,14 +56,16 @@ def show_plan(config: Config, ranks: Ranks) -> None:
     plan = make_plan(config, device, device.planned, dataset, ranks)
     chips = device.planned.num_chips
     print(f"as {device.planned.description} lays tables out{f', on each of {chips} chips' if chips > 1 else ''}:")
-    print(planning.text(plan.bags, plan.training, plan.memory))
+    alone = ranks.part[1] == 1
+    memory = plan.memory if alone else ranks.size * several_ranks.memory_of_rank(config, plan, device, ranks)
+    print(planning.text(plan.bags, plan.training, memory))
     if dataset:
         print(plan.ratio())
     else:
         print(
             "Sizes are nominal: a run counts ids that its rows have --min-count times or more, as --plan --data does."
         )
-    if ranks.part[1] > 1:
+    if not alone:
         several_ranks.check_settings(config, ranks)
         print(torchrec_plan.text(several_ranks.share_out(config, plan, device, ranks), ranks.size))
 

@@ -94,6 +94,13 @@ def check_shared(path: Path, ranks: Ranks) -> None:
         )
 
 
+def memory_of_rank(config: Config, plan: Plan, device: Device, ranks: Ranks) -> float:
+    """Bytes that each rank may use: --memory, else its device's, or its part of a host that ranks on CPU share."""
+    if config.memory or device.torch_device.type != "cpu":
+        return plan.memory
+    return plan.memory / int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+
+
 def share_out(config: Config, plan: Plan, device: Device, ranks: Ranks) -> Shards:
     """The ranks' shares of all exact tables in a model; the first plans for all."""
 
@@ -107,7 +114,8 @@ def share_out(config: Config, plan: Plan, device: Device, ranks: Ranks) -> Shard
         if unknown := set(config.sharding) - known:
             raise UserError(f"sharding names a table {min(unknown)!r}; {choices(min(unknown), known)}")
         kind, settings = device.torch_device.type, row_settings(config)
-        return make_shards(exact, lengths, config.batch_size, ranks.size, kind, plan.memory, settings, config.sharding)
+        memory = memory_of_rank(config, plan, device, ranks)
+        return make_shards(exact, lengths, config.batch_size, ranks.size, kind, memory, settings, config.sharding)
 
     return ranks.from_first(shards)
 

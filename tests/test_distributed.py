@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -260,6 +261,16 @@ def test_bags_of_varying_length_whose_first_is_looked_up_slot_by_slot(tmp_path):
     done = torchrun(2, *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
+
+
+def test_ranks_of_one_host_share_its_memory(monkeypatch):
+    several = launch_script("several_ranks")
+    plan, ranks = SimpleNamespace(memory=12e9), SimpleNamespace(size=6)
+    cpu, cuda = (SimpleNamespace(torch_device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for device, given, expected in ((cpu, "", 4e9), (cpu, "12GB", 12e9), (cuda, "", 12e9)):
+        config = SimpleNamespace(memory=given)
+        assert several.memory_of_rank(config, plan, device, ranks) == expected
 
 
 @pytest.mark.slow

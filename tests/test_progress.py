@@ -1,6 +1,20 @@
 """What a log file is told of a run's progress."""
 
+import time
+
 from dlrm_xla.progress import Progress
+
+
+def test_a_first_step_that_takes_long_is_told_of(monkeypatch, capsys):
+    monkeypatch.setattr("dlrm_xla.progress.SECONDS_BETWEEN_LINES", 0.05)
+    with Progress(100, 64) as progress:
+        time.sleep(0.3)
+        progress.advance()
+        told = capsys.readouterr().err.splitlines()
+        time.sleep(0.2)
+    assert len(told) >= 2
+    assert "the first step, which compiles on xla, has taken 0 s" in told
+    assert "the first step, which compiles" not in capsys.readouterr().err
 
 
 def test_the_first_step_which_compiles_is_no_measure_of_the_others(monkeypatch, capsys):
