@@ -32,7 +32,7 @@ from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset
 from numpy.typing import NDArray
 from run import INTERRUPTED, run
-from run_data import open_data
+from run_data import check_trains, open_data
 from run_flags import add_settings
 from run_plan import Plan, make_plan, make_tables
 from run_report import make_report
@@ -240,6 +240,7 @@ def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int
 
 def _check_data(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:
     known = about.get("data")
+    check_trains(dataset)
     serving.check_tables(about["model"], [t.num_rows for t in make_tables(config, dataset)])
     if known is None:
         warn("the checkpoint does not know its training rows: whether these ids mean the same cannot be checked")

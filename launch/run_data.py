@@ -32,8 +32,19 @@ def open_data(config: Config) -> tuple[PreparedDataset, float | None]:
     return dataset, best
 
 
+def check_trains(dataset: PreparedDataset) -> None:
+    """Raises a UserError where a dataset has the ids of another, and so no rows to train on."""
+    start, stop = dataset.splits["train"]
+    if start == stop:
+        raise UserError(
+            "this data was prepared with --ids-of, to be scored with --evaluate: it has no training rows. Give --data "
+            "that has."
+        )
+
+
 def check_data(dataset: PreparedDataset, about: dict[str, Any] | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The dataset's fingerprint, after looking for what makes a run senseless; ``about`` is that of a checkpoint."""
+    check_trains(dataset)
     splits = {name: np.asarray(dataset.labels[slice(*part)], np.float32) for name, part in dataset.splits.items()}
     guards.check_labels(splits)
     fingerprint = describe_data(dataset)

@@ -58,7 +58,7 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     elif now["vocabulary"] != known["vocabulary"]:
         raise UserError(
             f"{data_changed(known, now)}. Its scores would be noise: give --data rows that were prepared with "
-            "the ids of the training rows."
+            "the ids of the training rows (python -m dlrm_xla_data prepare LOG NEW --ids-of PREPARED --format ...)."
         )
     elif line := seen_by_sketch(dataset, split, known):
         warn(line)
@@ -75,7 +75,8 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     write_predictions(out, labels, logits, dataset.splits[split][0])
     print(f"{len(labels):,} {split} rows scored by {path}, step {about['step']:,}")
     if 0 < float(np.mean(labels)) < 1:
-        base = base_rate_metrics(labels, dataset.click_rate("train"))
+        trains = dataset.splits["train"][0] < dataset.splits["train"][1]
+        base = base_rate_metrics(labels, dataset.click_rate("train" if trains else split))
         for name, value in click_metrics(labels, logits).items():
             print(f"{name.replace('_', ' '):<20}{value:>12.4f}{base[name]:>12.4f} of a constant")
     else:

@@ -13,10 +13,11 @@ from pathlib import Path
 from dlrm_xla.errors import UserError
 from dlrm_xla.presets import MLPERF_V2_BAGS
 from dlrm_xla_data.generator import Recipe, generate
-from dlrm_xla_data.prepare import FORMATS, Options, find_layout, find_sources, prepare
+from dlrm_xla_data.known_ids import read_known
+from dlrm_xla_data.prepare import FORMATS, Options, find_layout, find_sources, options_of, prepare
 from dlrm_xla_data.prepared import open_prepared
 from dlrm_xla_data.protocols import PROTOCOLS
-from dlrm_xla_data.statistics import table_text, write_statistics
+from dlrm_xla_data.statistics import table_text, write_statistics, zero_shares
 from dlrm_xla_data.verify import verify
 from dlrm_xla_data.vocabulary import Limits
 
@@ -66,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         "--multi-hot", type=_bags, default=(), help="bags of several ids from one: 3,2,1,... or mlperf_v2"
     )
     made.add_argument("--seed", type=int, default=0, help="of random splits and of --multi-hot")
+    made.add_argument(
+        "--ids-of",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="a prepared dataset whose ids the rows get, to be scored by what was trained on it",
+    )
 
     checked = commands.add_parser("verify", help="checks a prepared dataset, reading all of it")
     checked.add_argument("folder", type=Path)
@@ -127,10 +135,25 @@ def _prepare(given: argparse.Namespace) -> int:
         given.seed,
         given.multi_hot,
     )
-    dataset = prepare(files, given.dest, layout, options)
+    known = read_known(given.ids_of) if given.ids_of else None
+    if known:
+        if replace(options, max_bad_rows=0) != Options(protocol):
+            raise UserError(
+                f"--ids-of {given.ids_of} brings its own --min-count, --max-rows, --tail, --multi-hot and --seed, and "
+                "all rows are test rows: leave these and --protocol out"
+            )
+        options = options_of(known, given.max_bad_rows)
+    dataset = prepare(files, given.dest, layout, options, known)
     for name, (start, stop) in dataset.splits.items():
-        print(f"{name:11s} {stop - start:,} rows, click rate {dataset.click_rate(name):.4f}")
+        if stop > start:
+            print(f"{name:11s} {stop - start:,} rows, click rate {dataset.click_rate(name):.4f}")
     print(f"tables      {len(dataset.names)}, {sum(1 + len(c) for c in dataset.counts):,} rows")
+    if known:
+        shares = zip(dataset.names, zero_shares(dataset, "test"), strict=True)
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares)
+        print(f"without id  {told}: missing, or not in {given.ids_of}")
+        print(f"next        python launch/run.py --evaluate RUN/checkpoints/best.safetensors --data {given.dest}")
+        return 0
     print(f"next        python launch/run.py --data {given.dest}")
     return 0
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dlrm_xla.errors import UserError
 from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.multi_hot import more_ids
 from dlrm_xla_data.parsing import PARTS
@@ -49,9 +50,18 @@ class Rows:
 
 
 def assemble(
-    columns: RawColumns, folder: Path, layout: Layout, split: Split, bag_lengths: Sequence[int], seed: int
+    columns: RawColumns,
+    folder: Path,
+    layout: Layout,
+    split: Split,
+    bag_lengths: Sequence[int],
+    seed: int,
+    most: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Writes labels, dense, ids, counts and, where bags vary in length, offsets; returns their part of the metadata."""
+    """Writes labels, dense, ids, counts and, where bags vary in length, offsets; returns their part of the metadata.
+
+    ``most`` values a row may have of each category, where that is known; a UserError where one has more.
+    """
     rows_of_tables = _write_counts(columns, folder)
     starts = [split.final_ranges()[name][0] for name in PARTS]
     num_rows, num_features = columns.num_rows, columns.num_categories
@@ -67,6 +77,13 @@ def assemble(
         if layout.variable_bags:
             slots, longest = _slots(columns, split)
             lengths = [int(x) for x in longest]
+            for category, length, limit in zip(layout.categories, lengths, most, strict=bool(most)):
+                if length > limit:
+                    raise UserError(
+                        f"a row has {length} values of {category.name}, but the dataset whose ids are asked for has at "
+                        f"most {limit}. Give the column at_most: {limit} there and here, or leave such rows out."
+                    )
+            lengths = list(most) or lengths
             offsets = rows("offsets", np.int64, num_rows * num_features + 1)
             bags = _VaryingBags(rows("ids", np.int32, sum(slots)), offsets, num_features, slots, starts)
         else:

@@ -30,11 +30,12 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla_data import layout as layouts
 from dlrm_xla_data import lines
 from dlrm_xla_data.assembly import assemble, sha256
+from dlrm_xla_data.known_ids import IDS, VALUES, KnownIds, join
 from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.lines import Block, Digests, Place
 from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, list_columns, parse, parse_parquet
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared, read_meta, save_meta, written_whole
-from dlrm_xla_data.protocols import PROTOCOLS, TRAIN, Split, make_split
+from dlrm_xla_data.protocols import PROTOCOLS, TRAIN, Split, all_test, make_split
 from dlrm_xla_data.raw_columns import RawColumns
 from dlrm_xla_data.vocabulary import Codes, Limits, build_vocabulary
 
@@ -70,6 +71,13 @@ class Options:
         most_seeds = 2**34 if self.bag_lengths else 2**64  # more_ids makes a key of 64 bits of it
         if not 0 <= self.seed < most_seeds:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below {most_seeds}")
+
+
+def options_of(known: KnownIds, max_bad_rows: int) -> Options:
+    """The options that a dataset was prepared with, but for the bad rows of this one."""
+    limits = Limits(**known.options["limits"])
+    bags = tuple(known.options["bag_lengths"])
+    return Options(known.options["protocol"], limits, max_bad_rows, known.options["seed"], bags)
 
 
 FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
@@ -180,18 +188,25 @@ def fingerprint(raw: Path) -> dict[str, Any]:
     return {"file": raw.name, "size": size, "sha256_of_both_ends": digest.hexdigest()}
 
 
-def prepare(files: Sequence[Path], folder: Path, layout: Layout, options: Options) -> PreparedDataset:
+def prepare(
+    files: Sequence[Path], folder: Path, layout: Layout, options: Options, known: KnownIds | None = None
+) -> PreparedDataset:
     """Prepares raw logs into ``folder``, which appears only when it is whole.
 
+    With ``known`` rows get the ids of another dataset, whose ``options`` are to be given too, and all are test rows.
     Of several processes that prepare the same folder one does and the others wait for it. One that was interrupted is
     gone on with when the same is asked again.
     """
     options.check()
-    if options.protocol == "column" and not layout.split:
+    if known:
+        _check_known(known, layout)
+    elif options.protocol == "column" and not layout.split:
         raise UserError("--protocol column needs a layout with `split: COLUMN`")
     sources = [fingerprint(file) for file in files]
     key = {"sources": sources, "layout": repr(layout), "options": json.loads(json.dumps(asdict(options)))}
-    key["layout"] = hashlib.sha256(key["layout"].split("derive=")[0].encode()).hexdigest()
+    key["layout"] = _digest(layout)
+    if known:
+        key["ids_of"] = known.digest
     with _alone(folder):
         if folder.exists() and read_meta(folder).get("key") == key:
             return open_prepared(folder)  # another process made it meanwhile
@@ -200,10 +215,20 @@ def prepare(files: Sequence[Path], folder: Path, layout: Layout, options: Option
         with written_whole(folder, resumable=True) as scratch:
             columns = RawColumns(scratch / "columns", layout, key)
             read = _read(files, columns, layout, options)
-            split = make_split(options.protocol, columns, read["rows_of_files"], options.seed)
-            per_table = _write_all_ids(columns, layout, split, options)
-            about = assemble(columns, scratch, layout, split, options.bag_lengths, options.seed)
+            if known:
+                split = all_test(columns)
+            else:
+                split = make_split(options.protocol, columns, read["rows_of_files"], options.seed)
+            per_table = _write_all_ids(columns, layout, split, options, known)
+            most = known.bag_lengths if known else ()
+            about = assemble(columns, scratch, layout, split, options.bag_lengths, options.seed, most)
             arrays = ["labels", "dense", "ids", "counts", *(["offsets"] if about["variable_bags"] else [])]
+            if known:
+                about["ids_of"] = {"folder": known.folder.name, "values": known.digest}
+            else:
+                files_of_values = [_value_files(columns, k) for k in range(len(per_table))]
+                about["values_per_table"] = join(scratch, files_of_values)
+                arrays += [VALUES, IDS]
             with ThreadPoolExecutor(THREADS) as pool:
                 digests = dict(zip(arrays, pool.map(lambda n: sha256(scratch / f"{n}.npy"), arrays), strict=True))
             missing = np.stack([np.load(columns.folder / f"{k}.missing.npy") for k in range(len(per_table))])
@@ -373,10 +398,31 @@ def _parsed(
                 future.cancel()
 
 
-def _write_all_ids(columns: RawColumns, layout: Layout, split: Split, options: Options) -> list[int]:
+def _digest(layout: Layout) -> str:
+    return hashlib.sha256(repr(layout).split("derive=")[0].encode()).hexdigest()
+
+
+def _check_known(known: KnownIds, layout: Layout) -> None:
+    """Raises a UserError where a dataset's ids are of another layout, whose values have other codes."""
+    if known.layout != _digest(layout):
+        raise UserError(
+            f"--ids-of {known.folder} was prepared with another --format or layout, or from Parquet with other columns "
+            "of lists: the same values would not be known again. Give the same."
+        )
+
+
+def _value_files(columns: RawColumns, k: int) -> tuple[Path, Path]:
+    return columns.folder / f"{k}.values", columns.folder / f"{k}.value_ids"
+
+
+def _write_all_ids(
+    columns: RawColumns, layout: Layout, split: Split, options: Options, known: KnownIds | None
+) -> list[int]:
     """The second pass: a file of ids and one of counts for each category; returns ids per table."""
 
     def one(k: int) -> int:
+        if known:
+            return _write_known_ids(columns, k, known)
         return _write_ids(columns, k, layout.categories[k].name, split, options.limits)
 
     numbers = range(len(layout.categories))
@@ -411,12 +457,26 @@ def _write_ids(columns: RawColumns, k: int, name: str, split: Split, limits: Lim
         for codes in _larger(counted()):
             out.write(vocabulary.ids(codes).data)
     np.save(columns.folder / f"{k}.missing.npy", missing)
+    vocabulary.save(*_value_files(columns, k))
     os.replace(vocabulary.counts, counts_file)
     vocabulary.delete()
     scratch.rmdir()
     os.replace(unfinished, ids_file)
     columns.delete(f"{k}.codes")
     return vocabulary.num_ids
+
+
+def _write_known_ids(columns: RawColumns, k: int, known: KnownIds) -> int:
+    ids_file, counts_file = columns.folder / f"{k}.ids", columns.folder / f"{k}.counts"
+    unfinished, missing = ids_file.with_suffix(".ids.new"), 0
+    with unfinished.open("wb") as out:
+        for codes in _larger(columns.codes(k)):
+            missing += int((codes == MISSING).sum())
+            out.write(known.ids(k, codes).data)
+    np.save(columns.folder / f"{k}.missing.npy", np.array([missing if name == "test" else 0 for name in PARTS]))
+    known.counts[k].tofile(counts_file)
+    os.replace(unfinished, ids_file)
+    return len(known.counts[k])
 
 
 def _larger(chunks: Iterator[Codes]) -> Iterator[Codes]:

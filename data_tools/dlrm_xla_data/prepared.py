@@ -4,6 +4,7 @@
     dense.npy    float32 [N, I]  transformed, missing is 0
     ids.npy      int32   [N, S]  slots of all features side by side; 0 missing or unseen in training
     counts.npy   int64   [sum]   for each feature, how often its ids 1, 2, ... occur in training (falling)
+    values.npy, value_ids.npy    what ids stand for (`dlrm_xla_data.known_ids`)
     meta.json    format, source, dense and table names, bag lengths, ids per table, splits, checksums; written last
 
 Where bags vary in length, meta.json has ``"variable_bags": true``, bag lengths are those of the longest, and
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -74,9 +76,9 @@ class PreparedDataset:
         return 1 + int(np.searchsorted(-counts, -min_count, side="right"))
 
     def click_rate(self, split: str) -> float:
-        """Share of clicks in a split."""
+        """Share of clicks in a split, NaN where it has no rows."""
         start, stop = self.splits[split]
-        return float(self.labels[start:stop].mean())
+        return float(self.labels[start:stop].mean()) if start < stop else math.nan
 
 
 def day_split(num_rows: int, days: int = 7) -> dict[str, tuple[int, int]]:

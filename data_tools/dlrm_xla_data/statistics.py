@@ -25,11 +25,11 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
     and ``unseen_test``, the share of test rows whose value no id stands for; both None where nobody counted.
     ``exponent`` is the slope of log count against log rank, least squares over powers of two.
     """
-    zero = {split: _zeros(dataset, split) for split in ("train", "test")}
+    zero = {split: zero_shares(dataset, split) for split in ("train", "test")}
 
     def missing_share(split: str, k: int) -> float | None:
         start, stop = dataset.splits[split]
-        return missing[split][k] / (stop - start) if missing else None
+        return missing[split][k] / max(1, stop - start) if missing else None
 
     tables = []
     for k, (name, counts) in enumerate(zip(dataset.names, dataset.counts, strict=True)):
@@ -62,7 +62,8 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
     }
 
 
-def _zeros(dataset: PreparedDataset, split: str) -> list[float]:
+def zero_shares(dataset: PreparedDataset, split: str) -> list[float]:
+    """For each table the share of a split's ids that are 0."""
     start, stop = dataset.splits[split]
     zeros = np.zeros(len(dataset.names))
     lookups = np.zeros(len(dataset.names))

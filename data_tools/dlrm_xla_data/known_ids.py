@@ -1,0 +1,94 @@
+"""What the ids of a prepared dataset stand for: kept with it, so that later rows can be given the same ids.
+
+values.npy     int64  [sum]  codes of the values that have an id (`dlrm_xla_data.parsing`), table after table
+value_ids.npy  int32  [sum]  their ids
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm_xla.errors import UserError
+from dlrm_xla_data.assembly import Rows
+from dlrm_xla_data.prepared import open_prepared, read_meta
+from dlrm_xla_data.vocabulary import MOST_IN_MEMORY, Codes, find_ids
+
+VALUES, IDS = "values", "value_ids"
+_PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class KnownIds:
+    """The values and ids of a dataset's tables, mapped from its folder, and what it was prepared with."""
+
+    folder: Path
+    layout: str
+    options: dict[str, Any]
+    names: list[str]
+    bag_lengths: list[int]
+    counts: list[NDArray[np.int64]]
+    tables: list[tuple[Codes, NDArray[np.int32]]]
+    digest: str
+
+    def ids(self, table: int, codes: Codes) -> NDArray[np.int32]:
+        """Ids of codes; 0 where they have none."""
+        values, ids = self.tables[table]
+        pieces = ((values[k : k + MOST_IN_MEMORY], ids[k : k + MOST_IN_MEMORY]) for k in _starts(values))
+        return find_ids(codes, pieces)
+
+
+def _starts(values: Codes) -> range:
+    return range(0, len(values), MOST_IN_MEMORY)
+
+
+def read_known(folder: Path) -> KnownIds:
+    """The ids of a prepared folder; a UserError where it does not have them."""
+    meta = read_meta(folder)
+    if origin := meta.get("ids_of"):
+        raise UserError(f"--ids-of {folder}: its ids are those of {origin['folder']}. Name that folder.")
+    if "values_per_table" not in meta:
+        raise UserError(
+            f"--ids-of {folder}: what its ids stand for was not kept when it was made. Prepare its log again, into "
+            "another folder."
+        )
+    dataset = open_prepared(folder)
+    ends = np.cumsum(meta["values_per_table"])[:-1]
+    try:
+        parts = [np.split(np.load(folder / f"{name}.npy", mmap_mode="r"), ends) for name in (VALUES, IDS)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ids-of {folder}: {error}. Prepare its log again, into another folder.") from error
+    return KnownIds(
+        folder,
+        meta["key"]["layout"],
+        meta["options"],
+        dataset.names,
+        dataset.bag_lengths,
+        dataset.counts,
+        list(zip(*parts, strict=True)),
+        meta["checksums"][VALUES] + meta["checksums"][IDS],
+    )
+
+
+def join(folder: Path, sources: Sequence[tuple[Path, Path]]) -> list[int]:
+    """Writes the two arrays from a pair of files for each table; returns values per table."""
+    sizes = [values.stat().st_size // 8 for values, _ in sources]
+    for name, dtype, files in ((VALUES, np.int64, [v for v, _ in sources]), (IDS, np.int32, [i for _, i in sources])):
+        with Rows(folder / f"{name}.npy", dtype, (sum(sizes),)) as out:
+            at = 0
+            for piece in _pieces(files, dtype):
+                out.write(at, piece)
+                at += len(piece)
+    return sizes
+
+
+def _pieces(files: Sequence[Path], dtype: Any) -> Iterator[NDArray[Any]]:
+    for file in files:
+        with file.open("rb") as opened:
+            while len(piece := np.fromfile(opened, dtype, _PIECE)):
+                yield piece

@@ -1,0 +1,127 @@
+"""Later rows with the ids of those that were trained on."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import criteo_line, launch_script
+from dlrm_xla_data.__main__ import main
+from dlrm_xla_data.prepared import open_prepared
+
+launcher = launch_script("run")
+
+
+def prepare(log, folder, *flags):
+    return main(["prepare", str(log), str(folder), *map(str, flags)])
+
+
+def lists_log(path, rows, seed):
+    """A CSV log of a list, a text that may be missing, and a number; and what its values are."""
+    rng = np.random.default_rng(seed)
+    values = []
+    lines = ["y,price,tags,city,item"]
+    for _ in range(rows):
+        tags = [f"t{k}" for k in rng.zipf(1.6, rng.integers(1, 4)) % 40]
+        city, item = rng.choice(["Rome", "Oslo", "", "Bern"]), str(rng.zipf(1.5) % 300)
+        values.append([tags, [city] if city else [], [item]])
+        lines.append(f"{rng.integers(2)},{rng.random():.3f},{'|'.join(tags)},{city},{item}")
+    path.write_text("\n".join(lines) + "\n")
+    return values
+
+
+LAYOUT = """format: csv
+label: y
+dense: [price]
+categories:
+  - {column: tags, separator: "|", at_most: 4}
+  - city
+  - {column: item, kind: integer}
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--min-count", 3), ("--max-rows", 20), ("--max-rows", 20, "--tail", "hash")])
+def test_values_have_the_ids_that_they_had(flags, tmp_path, capsys):
+    (tmp_path / "l.yaml").write_text(LAYOUT)
+    layout = ("--format", tmp_path / "l.yaml")
+    old_values, new_values = (lists_log(tmp_path / f"{n}.csv", 400, seed) for seed, n in enumerate(("old", "new")))
+    assert prepare(tmp_path / "old.csv", tmp_path / "old", *layout, *flags) == 0
+    assert prepare(tmp_path / "new.csv", tmp_path / "new", *layout, "--ids-of", tmp_path / "old") == 0
+    old, new = (open_prepared(tmp_path / n) for n in ("old", "new"))
+    assert new.bag_lengths == old.bag_lengths
+    assert new.splits == {"train": (0, 0), "validation": (0, 0), "test": (0, 400)}
+    assert all(np.array_equal(a, b) for a, b in zip(new.counts, old.counts, strict=True))
+    for feature in range(3):
+        known: dict[str, int] = {}  # as the old rows have them
+        for data, values in ((old, old_values), (new, new_values)):
+            for row in range(400):
+                ids = data.bags.ids[slice(*data.bags.offsets[row * 3 + feature : row * 3 + feature + 2])]
+                of_row = values[row][feature] or [""]
+                assert len(ids) in (len(of_row), 0 if of_row == [""] else len(of_row))
+                for value, i in zip(of_row, ids, strict=False):
+                    assert known.setdefault(value, 0 if value == "" or data is new else i) == i, value
+    assert main(["verify", str(tmp_path / "new")]) == 0
+    assert main(["stats", str(tmp_path / "new"), "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "without id  tags " in told
+    assert "--evaluate" in told
+
+
+def test_the_same_rows_get_the_same_scores(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    log = [criteo_line(rng) + "\n" for _ in range(1400)]
+    (tmp_path / "train.tsv").write_text("".join(log))
+    criteo = ("--format", "criteo")
+    assert prepare(tmp_path / "train.tsv", tmp_path / "train", *criteo) == 0
+    run = tmp_path / "run"
+    flags = ["--batch-size", "128", "--min-rows", "10", "--min-count", "2", "--plugin", "hash_rows:rows=9"]
+    assert launcher.main(["--data", str(tmp_path / "train"), *flags, "--out", str(run)]) == 0
+    best = str(run / "checkpoints" / "best.safetensors")
+    assert launcher.main(["--evaluate", best, "--out", str(tmp_path / "a.parquet")]) == 0
+    start, stop = open_prepared(tmp_path / "train").splits["test"]
+    (tmp_path / "later.tsv").write_text("".join(log[start:stop]))
+    assert prepare(tmp_path / "later.tsv", tmp_path / "later", *criteo, "--ids-of", tmp_path / "train") == 0
+    assert (
+        launcher.main(["--evaluate", best, "--data", str(tmp_path / "later"), "--out", str(tmp_path / "b.parquet")])
+        == 0
+    )
+    one, other = (pq.read_table(tmp_path / f"{n}.parquet").to_pandas() for n in "ab")
+    np.testing.assert_allclose(other["logit"], one["logit"], atol=1e-6)
+    np.testing.assert_array_equal(other["label"], one["label"])
+    assert launcher.main(["--data", str(tmp_path / "later"), "--out", str(tmp_path / "no")]) == 2
+    assert "it has no training rows" in capsys.readouterr().err
+
+
+def test_ids_that_cannot_be_given_are_refused(small_log, tmp_path, capsys):
+    known, criteo = tmp_path / "known", ("--format", "criteo")
+    assert prepare(small_log, known, *criteo) == 0
+    assert prepare(small_log, tmp_path / "again", *criteo, "--ids-of", known) == 0
+    (tmp_path / "l.yaml").write_text(LAYOUT)
+    lists_log(tmp_path / "x.csv", 50, 0)
+    for log, flags, words in (
+        (small_log, (*criteo, "--ids-of", tmp_path / "none"), "there is no folder"),
+        (small_log, (*criteo, "--ids-of", tmp_path / "again"), "its ids are those of known. Name that"),
+        (small_log, (*criteo, "--ids-of", known, "--min-count", 3), "brings its own --min-count"),
+        (small_log, (*criteo, "--ids-of", known, "--protocol", "random_811"), "leave these and --protocol out"),
+        (tmp_path / "x.csv", ("--format", tmp_path / "l.yaml", "--ids-of", known), "another --format or layout"),
+    ):
+        assert prepare(log, tmp_path / "p", *flags) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "p").exists()
+    meta = json.loads((known / "meta.json").read_text())
+    del meta["values_per_table"]
+    (known / "meta.json").write_text(json.dumps(meta))
+    assert prepare(small_log, tmp_path / "p", *criteo, "--ids-of", known) == 2
+    assert "what its ids stand for was not kept" in capsys.readouterr().err
+
+
+def test_a_longer_bag_than_any_before_is_refused(tmp_path, capsys):
+    (tmp_path / "l.yaml").write_text(LAYOUT)
+    layout = ("--format", tmp_path / "l.yaml")
+    lists_log(tmp_path / "old.csv", 100, 0)
+    assert prepare(tmp_path / "old.csv", tmp_path / "old", *layout) == 0
+    (tmp_path / "new.csv").write_text("y,price,tags,city,item\n1,2,t1|t2|t3|t4,Rome,5\n")
+    assert prepare(tmp_path / "new.csv", tmp_path / "new", *layout, "--ids-of", tmp_path / "old") == 2
+    assert (
+        "a row has 4 values of tags, but the dataset whose ids are asked for has at most 3" in capsys.readouterr().err
+    )
