@@ -39,7 +39,11 @@ class Config:
 
     device: Literal["cpu", "cuda", "xla", "tpu"] = _setting("cpu", "where the run takes place")
     plugin: str = _setting("exact", "what replaces the tables: exact, NAME, NAME:key=value,key=value or NAME+NAME")
-    data: str = _setting("", "raw Criteo or Avazu log (plain or .gz) or prepared folder; none: synthetic rows")
+    data: str = _setting(
+        "",
+        "raw Criteo or Avazu log (plain or .gz), or a folder that python -m dlrm_xla_data prepare made; none: rows "
+        "that are drawn",
+    )
     data_cache: str = _setting("", "folder for the prepared copy of a raw log; none: beside the log")
     out: str = _setting("", "run folder to create; none: a fresh one under runs/")
     preset: str = _setting("small", "settings to start from: " + ", ".join(sorted(PRESETS)))
@@ -95,7 +99,9 @@ class Config:
     row_kernels: RowKernels = _setting(
         "own", "who looks rows up and updates them on cpu: own, or FBGEMM's kernels (docs/architecture.md)", flag=False
     )
-    row_files: str = _setting("", "folder for tables larger than memory, mapped from there; cpu only", flag=False)
+    row_files: str = _setting(
+        "", "folder for tables larger than memory, mapped from there, those of 64 MiB and more; cpu only", flag=False
+    )
     placement: dict[str, str] = _setting({}, "matmul, dense or sparse for single tables by name", flag=False)
     sharding: dict[str, str] = _setting(
         {}, "how several ranks share single tables, by name: " + ", ".join(SHARDINGS) + "; none: planned", flag=False
@@ -244,5 +250,6 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     else:
         good = isinstance(value, kind)
     if not good:
-        raise UserError(f"{key} cannot be {value!r} ({origin}); it takes {type_name(kind)}")
+        takes = f"{type_name(kind)} of numbers from 1 on" if kind == list[int] else type_name(kind)
+        raise UserError(f"{key} cannot be {value!r} ({origin}); it takes {takes}")
     return float(value) if kind is float else value

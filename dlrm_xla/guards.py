@@ -72,8 +72,8 @@ class FiniteWatch:
         if bad:
             step, name = min(bad)
             raise UserError(
-                f"the gradient of {self._kind} {name} is not finite at step {step}. Lower --dense-lr or --row-lr, or "
-                "check the data; checkpoints saved before it are kept."
+                f"the gradient of {self._kind} {name} is not finite at step {step}. Lower the learning rates "
+                "(--dense-lr, --row-lr), or check the data; checkpoints saved before it are kept."
             )
 
 

@@ -303,7 +303,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
 
 def read_bytes(given: str) -> float:
     """Bytes from what a person writes: 16GB, 96 MB, 16e9."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kKMGT]?)B?\s*", given)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)B?\s*", given, re.IGNORECASE)
     if found is None:
         raise UserError(f"--memory cannot be {given!r}; write it like 16GB, 500MB or 16e9")
     return float(found[1]) * float(1000 ** " KMGT".index(found[2].upper() or " "))
@@ -312,7 +312,7 @@ def read_bytes(given: str) -> float:
 def in_words(bytes_: float) -> str:
     """Bytes in the unit that suits them: 16.00 GB, 856.00 kB."""
     unit, size = next(((unit, size) for unit, size in _UNITS.items() if bytes_ >= size), ("B", 1.0))
-    return f"{bytes_ / size:,.2f} {unit}"
+    return f"{bytes_:,.0f} B" if unit == "B" else f"{bytes_ / size:,.2f} {unit}"
 
 
 def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:

@@ -167,6 +167,14 @@ class BagContract:
             outs.append(model.bag(*self.inputs()).detach())
         torch.testing.assert_close(outs[1], outs[0], atol=self.tolerance, rtol=1e-4)
 
+    def test_a_lookup_changes_nothing(self) -> None:
+        """Several ranks run the bags twice a step; `dlrm_xla.contract.Refreshed` is for what changes."""
+        bag = self.make().train()
+        kept = {name: tensor.clone() for name, tensor in bag.state_dict().items()}
+        torch.autograd.backward(bag(*self.inputs()).sum())
+        for name, tensor in bag.state_dict().items():
+            assert torch.equal(tensor, kept[name]), f"{name} is another after a lookup: change it in refresh()"
+
     def test_padding_is_not_looked_up(self) -> None:
         """Weight decay moves the rows that a step looks up, and padding looks up none."""
         found = []

@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for device in devices.values():
             announce(device, "fp32")
             if "step" in given.what and device.slow_bf16:
-                print(f"*** steps in bf16 are not measured on {device.name}, which has no fast products in it")
+                print(f"steps in bf16 are left out on {device.name}, which has no fast products in it")
         copies = {name: copy_bandwidth(device) for name, device in devices.items()}
         for name, copy in copies.items():
             print(f"{name}: copies at {copy:.1f} GB/s")

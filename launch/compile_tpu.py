@@ -74,7 +74,11 @@ def flags() -> argparse.ArgumentParser:
         help="every plugin, batch size, dim and chip: a table, plots with --out",
     )
     parser.add_argument(
-        "--cache", type=Path, default=default_cache(), metavar="FOLDER", help="where compiled steps are kept"
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="FOLDER",
+        help="where compiled steps are kept (default %(default)s)",
     )
     return parser
 
@@ -259,7 +263,7 @@ def _time(step: dict[str, Any]) -> list[str]:
         "compiler's analysis",
         f"  dearest operations            ms {'by':<9}{'of torch':<22}{'of XLA, with its results':<60}  part, table",
         *(f"    {_line(o)}" for o in step["dearest"]),
-        f"  without the compiler's count: {len(step['uncovered_operations'])} operations{small}",
+        f"  of all, timed by the model alone: {len(step['uncovered_operations'])} operations{small}",
         *(f"    {_line(o)}" for o in step["uncovered_operations"][:10]),
         "  by part:  " + ", ".join(f"{name} {ms:.3f}" for name, ms in list(step["parts_ms"].items())[:8]),
     ]

@@ -72,6 +72,8 @@ Scores = dict[str, dict[str, float]]
 
 
 def _unless_given(name: str) -> str:
+    if name == "out":
+        return "default a folder beside the source's, named after it, the plugin and the ratio"
     if name in _DROPPED:
         return "must be given" if name == "plugin" else "default: as the plugin's options say"
     if name.endswith("_lr"):

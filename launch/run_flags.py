@@ -35,7 +35,7 @@ def add_settings(
         kind = hints[field.name]
         literal = typing.get_origin(kind) is typing.Literal
         value = getattr(usual, field.name)
-        default = f"default {value}"
+        default = f"default {value}" if value != "" else ""
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
@@ -43,9 +43,13 @@ def add_settings(
             choices=typing.get_args(kind) if literal else None,
             action=_Once if field.name == "plugin" else "store",
             metavar=None if literal else kind.__name__.upper(),
-            help=field.metadata["help"].replace("%", "%%")
-            + (f" ({told(field.name) if told else default})" if value != "" else ""),
+            help=_help(field.metadata["help"], told(field.name) if told else default).replace("%", "%%"),
         )
+
+
+def _help(text: str, default: str) -> str:
+    """What a setting is, and ``default`` in place of what that says of none."""
+    return f"{text.partition('; none:')[0]} ({default})" if default else text
 
 
 def _short(value: Any) -> str:

@@ -38,7 +38,7 @@ def make_report(
         "epochs": outcome.epochs,
         "batch_size": config.batch_size,
         "interrupted": outcome.interrupted,
-        "stopped_early": outcome.stopped_early,
+        "stopped_early": outcome.stopped_early and outcome.epochs < config.epochs,
         **result,
         **{f"base_rate_{name}": value for name, value in base.items()},
         "best_reachable_auc": best_auc,
@@ -68,7 +68,7 @@ def make_report(
 def title(report: dict[str, Any]) -> str:
     """What ran, and where."""
     used, asked = report["tables_with_plugin"], report["plugin"] != registry.EXACT
-    tables = f" in {used} of {len(report['tables'])} tables" if asked else ""
+    tables = f" in {used} of {len(report['tables'])} tables" if asked else f", {used} tables otherwise" if used else ""
     interrupted = ", INTERRUPTED" if report["interrupted"] else ""
     return f"{report['plugin']}{tables} on {report['device']}, {report['epochs']:.2f} epochs{interrupted}"
 

@@ -47,10 +47,18 @@ def _bags(text: str) -> tuple[int, ...]:
     return tuple(MLPERF_V2_BAGS) if text == "mlperf_v2" else _numbers(text)
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the defaults of those that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, ()) or "(default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dlrm_xla_data", description="Data of dlrm_xla; see docs/data.md.")
     commands = parser.add_subparsers(dest="command", required=True)
-    new = argparse.ArgumentDefaultsHelpFormatter
+    new = _Defaults
 
     made = commands.add_parser("prepare", help="raw logs -> a prepared dataset", formatter_class=new)
     made.add_argument("source", type=Path, help="a file, or a folder of files in the order of their names")
@@ -93,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     drawn.add_argument("--strength", type=float, default=1.0, help="standard deviation of the logit")
     drawn.add_argument("--click-rate", type=float, default=0.25, help="of the logit's middle")
-    drawn.add_argument("--seed", type=int, default=0)
+    drawn.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     return parser
 
 

@@ -253,7 +253,7 @@ def from_yaml(path: Path) -> Layout:
         dense = dict.fromkeys(dense, "none")
     for name, transform in dense.items():
         if transform not in TRANSFORMS:
-            raise UserError(f"{path}: dense column {name!r}: {choices(str(transform), TRANSFORMS)}")
+            raise UserError(f"{path}: dense column {name!r} is {transform!r}; {choices(str(transform), TRANSFORMS)}")
     if not dense:
         raise UserError(f"{path}: dense names no column; DLRM needs at least one number a row")
     columns = loaded.get("columns")
