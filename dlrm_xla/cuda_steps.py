@@ -54,7 +54,13 @@ class CapturedStep:
         if self._graph is None:
             if self._calls < _PLAIN_CALLS:
                 self._calls += 1
-                return self._step(*args, **rate)
+                last = self._calls == _PLAIN_CALLS
+                host_rates = HostRates() if last and not rate else None  # else the step sets them
+                output = self._step(*args, **rate)
+                if host_rates:
+                    host_rates.keep_stepped()
+                    self._host_rates = host_rates
+                return output
             self._record(args, rate)
         for mine, given in zip(self._inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
@@ -86,8 +92,6 @@ class CapturedStep:
             said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise UserError(f"the {self._name} step cannot be recorded as a CUDA graph: {said}. {advice}") from error
         self._graph, self._inputs = graph, _leaves(own)
-        if not rate:  # else the step sets them
-            self._host_rates = HostRates(lambda tensor: tensor.is_cuda)
 
 
 def _leaves(value: Any) -> list[Tensor]:

@@ -81,7 +81,8 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
         "types": {"dense_BI": "float32", "ids_BS": "int32"},
         "dense": "as the prepared data has them: changed as its layout says, log(1 + x) for Criteo, 0 where missing",
         "ids": "as the prepared data has them, the slots of all tables side by side; one that is not within the rows "
-        "of its table counts as 0, which stands for missing values and for those that training saw too rarely",
+        "of its table counts as 0, which stands for missing values and for those that training saw too rarely"
+        + ("; slots that a bag does not fill are -1" if described.get("variable_bags") else ""),
         "output": "click probability [batch]",
         "stablehlo_batch": batch,
         "bag_lengths": described["bag_lengths"],

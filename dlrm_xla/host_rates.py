@@ -5,51 +5,82 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class HasHostRate:
-    """Something that updates ``arrays()`` at a ``learning_rate`` which is a number of the host."""
+    """Something that writes to ``written()`` in its steps, at a ``learning_rate`` which is a number of the host."""
 
     learning_rate: float
 
-    def arrays(self) -> list[Tensor]:
-        """What it updates."""
+    def written(self) -> list[Tensor]:
+        """What each of its steps writes to."""
         raise NotImplementedError
 
 
-class HostRates:
-    """The rates, when it is made, of every optimizer that updates a tensor of which ``updated`` says so.
+class _Rates(NamedTuple):
+    of: weakref.ref[Any]
+    rates: Sequence[float]
+    versions: int
 
-    Optimizers are torch's, and whatever is a `HasHostRate`; a rate that is a tensor is none of the host.
+
+class HostRates:
+    """The rates, when it is made, of every optimizer that is alive: torch's, and whatever is a `HasHostRate`.
+
+    A rate that is a tensor is none of the host.
     """
 
-    def __init__(self, updated: Callable[[Tensor], bool]) -> None:
-        self._found: list[tuple[weakref.ref[Any], Sequence[float]]] = []
-        for thing in gc.get_objects():
-            kind = type(thing)
-            if issubclass(kind, torch.optim.Optimizer):
-                tensors = [p for group in thing.param_groups for p in group["params"]]
-            elif issubclass(kind, HasHostRate):
-                tensors = thing.arrays()
-            else:
-                continue
-            if any(map(updated, tensors)):
-                self._found.append((weakref.ref(thing), _rates(thing)))
+    def __init__(self) -> None:
+        things = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer | HasHostRate))
+        self._found = [_Rates(weakref.ref(t), _rates(t), _versions(t)) for t in things]
+
+    def keep(self, updated: Callable[[Tensor], bool]) -> None:
+        """Forgets those that write to no tensor of which ``updated`` says that the step does."""
+        self._found = [r for r in self._found if any(map(updated, _written(r.of())))]
+
+    def keep_stepped(self) -> None:
+        """Forgets those that wrote to nothing since this was made."""
+        self._found = [r for r in self._found if _versions(r.of()) != r.versions]
+
+    def restore(self) -> None:
+        """Sets the rates to what they were."""
+        for reference, rates, _ in self._found:
+            thing = reference()
+            if isinstance(thing, HasHostRate):
+                thing.learning_rate = rates[0]
+            elif thing is not None:
+                for group, rate in zip(_groups(thing), rates, strict=True):
+                    group["lr"] = rate
 
     def changed(self) -> str:
         """How they changed, for people; empty where they did not."""
-        for reference, before in self._found:
+        for reference, before, _ in self._found:
             thing = reference()
             if thing is not None and (now := _rates(thing)) != before:
-                return f"{', '.join(f'{r:g}' for r in before)} to {', '.join(f'{r:g}' for r in now)}"
+                return f"{', '.join(map(repr, before))} to {', '.join(map(repr, now))}"
         return ""
+
+
+def _groups(thing: Any) -> list[dict[str, Any]]:
+    # One that its constructor refused may be alive without any.
+    groups = getattr(thing, "param_groups", ())
+    return [group for group in groups if isinstance(group.get("lr"), int | float)]
 
 
 def _rates(thing: Any) -> list[float]:
     if isinstance(thing, HasHostRate):
         return [thing.learning_rate]
-    return [group["lr"] for group in thing.param_groups if not isinstance(group["lr"], Tensor)]
+    return [group["lr"] for group in _groups(thing)]
+
+
+def _written(thing: Any) -> list[Tensor]:
+    if isinstance(thing, HasHostRate):
+        return thing.written()
+    return [parameter for group in _groups(thing) for parameter in group["params"]]
+
+
+def _versions(thing: Any) -> int:
+    return sum(tensor._version for tensor in _written(thing) if not tensor.is_inference())

@@ -61,6 +61,7 @@ class Progress:
             self.after_first = time.monotonic()
             self._waited_for.set()
             if self.bar is not None:
+                self.bar.set_postfix_str(self.figures, refresh=False)
                 self.bar.unpause()
         if self.bar is not None:
             self.bar.update(self.samples_per_step)
@@ -80,7 +81,7 @@ class Progress:
 
     def _tell_of_the_first(self) -> None:
         while not self._waited_for.wait(SECONDS_BETWEEN_LINES):
-            waited = f"the first step, which compiles on xla, has taken {time.monotonic() - self.began:.0f} s"
+            waited = f"the first step, in which xla compiles, has taken {time.monotonic() - self.began:.0f} s"
             if self.bar is not None:
                 self.bar.set_postfix_str(waited)
             else:

@@ -55,8 +55,10 @@ class RowStore(HasHostRate):
         near_bytes: int = 0,
         step_ids: int = 0,
     ) -> None:
-        self._ranks = ranks
         self._learning_rate = _checked(learning_rate)
+        self.stacks: list[RowStack] = []  # where tables are refused, what is left of it has none
+        self.optimizers: list[StackOptimizer] = []
+        self._ranks = ranks
         # On the device: torch_xla makes equal numbers of a graph one input, so a count on the host that equals another
         # number of the step would be another graph.
         self._step = torch.zeros(1, dtype=torch.int32).to(device.torch_device)
@@ -116,8 +118,17 @@ class RowStore(HasHostRate):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Applies and forgets the gradients of all lookups since the last step; one without a gradient counts not."""
-        for stack in self.stacks:  # a loss that failed, or was never asked for gradients, leaves such
+        """Applies and forgets the gradients of all lookups since the last step.
+
+        One without a gradient counts not, for a loss that failed leaves such; a UserError where none has one.
+        """
+        lookups = [lookup for stack in self.stacks for lookup in stack.lookups]
+        if lookups and all(lookup.leaf.grad is None for lookup in lookups):
+            raise UserError(
+                "rows were looked up, but have no gradients: call backward() on the loss before step(), and let no bag "
+                "be detached from it; zero_grad() forgets lookups"
+            )
+        for stack in self.stacks:
             stack.lookups[:] = [lookup for lookup in stack.lookups if lookup.leaf.grad is not None]
         self._step += 1
         names, numbers = list[str](), list[Tensor]()
@@ -172,6 +183,10 @@ class RowStore(HasHostRate):
     def num_parameters(self) -> int:
         """Numbers in all rows."""
         return sum(stack.num_rows * stack.dim for stack in self.stacks)
+
+    def written(self) -> list[Tensor]:
+        """What each step writes to."""
+        return [*self.arrays(), self._step] if self.stacks else []
 
     def arrays(self) -> list[Tensor]:
         """Every array that the store keeps on the device: rows and the optimizer's state."""

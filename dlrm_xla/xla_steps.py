@@ -84,11 +84,6 @@ class RecordedStep:
                 f"and now gets {_described(shapes)}. Give it batches of one shape and type: a shorter last one padded "
                 "with weights and labels that count for nothing"
             )
-        if self._host_rates and (changed := self._host_rates.changed()):
-            raise UserError(
-                f"the learning rate went from {changed}, which the {self._name} step, recorded before, does not see. "
-                "Let it take a rate=, by which it multiplies the rates, and call it with one."
-            )
         state = [ref() for ref in self._written]
         live = [source() for source in self._inputs if callable(source)]
         if any(t is None for t in (*state, *live)):
@@ -96,6 +91,11 @@ class RecordedStep:
             self._record(args, tensors, rate)
             state = [ref() for ref in self._written]
             live = [source() for source in self._inputs if callable(source)]
+        if self._host_rates and (changed := self._host_rates.changed()):
+            raise UserError(
+                f"the learning rate went from {changed}, which the {self._name} step, recorded before, does not see. "
+                "Let it take a rate=, by which it multiplies the rates, and call it with one."
+            )
         if any(_XLAC._check_tensor_need_materialization([*live, *tensors])):
             torch_xla.sync()
         scaled = self._at_rate(rate)
@@ -113,10 +113,14 @@ class RecordedStep:
 
     def _record(self, args: Sequence[Any], tensors: list[Tensor], rate: float | None) -> None:
         rates = ({}, {}) if rate is None else ({"rate": _OTHER_RATE}, {"rate": _RATE})
-        probe = self.trace(args, tensors, rates[0])
-        for tensor in probe.written:
-            _XLAC._set_buffer_donation(tensor, True)
-        trace = self.trace(args, tensors, rates[1], _compile, probe.written)
+        host_rates = HostRates()
+        try:
+            probe = self.trace(args, tensors, rates[0])
+            for tensor in probe.written:
+                _XLAC._set_buffer_donation(tensor, True)
+            trace = self.trace(args, tensors, rates[1], _compile, probe.written)
+        finally:
+            host_rates.restore()  # which the step has set to multiples of the traces' rates
         self._scaled = self._proportional(probe, trace)
         self._rate_inputs = (0.0, {})
         self._inputs = [
@@ -128,7 +132,8 @@ class RecordedStep:
         self._graph = trace.graph
         if rate is None:  # else the step sets them
             written = {id(t) for t in trace.written}
-            self._host_rates = HostRates(lambda tensor: id(tensor) in written)
+            host_rates.keep(lambda tensor: id(tensor) in written)
+            self._host_rates = host_rates
 
     def trace(
         self,

@@ -25,7 +25,8 @@ SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
 
 needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device was found")
-EVERY_DEVICE = ["cpu", pytest.param("xla", marks=needs_xla), pytest.param("cuda", marks=needs_cuda)]
+OTHER_DEVICES = {"xla": needs_xla, "cuda": needs_cuda}
+EVERY_DEVICE = ["cpu", *(pytest.param(device, marks=needs) for device, needs in OTHER_DEVICES.items())]
 
 
 def pytest_collection_finish() -> None:

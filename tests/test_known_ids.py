@@ -100,10 +100,10 @@ def test_ids_that_cannot_be_given_are_refused(small_log, tmp_path, capsys):
     lists_log(tmp_path / "x.csv", 50, 0)
     for log, flags, words in (
         (small_log, (*criteo, "--ids-of", tmp_path / "none"), "there is no folder"),
-        (small_log, (*criteo, "--ids-of", tmp_path / "again"), "its ids are those of known. Name that"),
+        (small_log, (*criteo, "--ids-of", tmp_path / "again"), "its ids are those of known. Name that folder"),
         (small_log, (*criteo, "--ids-of", known, "--min-count", 3), "brings its own --min-count"),
         (small_log, (*criteo, "--ids-of", known, "--protocol", "random_811"), "leave these and --protocol out"),
-        (tmp_path / "x.csv", ("--format", tmp_path / "l.yaml", "--ids-of", known), "another --format or layout"),
+        (tmp_path / "x.csv", ("--format", tmp_path / "l.yaml", "--ids-of", known), "with other numbers or categories"),
     ):
         assert prepare(log, tmp_path / "p", *flags) == 2
         assert words in capsys.readouterr().err
@@ -113,6 +113,26 @@ def test_ids_that_cannot_be_given_are_refused(small_log, tmp_path, capsys):
     (known / "meta.json").write_text(json.dumps(meta))
     assert prepare(small_log, tmp_path / "p", *criteo, "--ids-of", known) == 2
     assert "what its ids stand for was not kept" in capsys.readouterr().err
+
+
+def test_later_rows_may_have_other_columns_besides(tmp_path):
+    parted = LAYOUT + "split: part\n"
+    (tmp_path / "l.yaml").write_text(parted)
+    lists_log(tmp_path / "old.csv", 90, 0)
+    lines = (tmp_path / "old.csv").read_text().splitlines()
+    parts = ["part", *(["train"] * 60), *(["test"] * 15), *(["validation"] * 15)]
+    (tmp_path / "old.csv").write_text("".join(f"{line},{part}\n" for line, part in zip(lines, parts, strict=True)))
+    assert prepare(tmp_path / "old.csv", tmp_path / "old", "--format", tmp_path / "l.yaml") == 0
+    turned = "".join(
+        ",".join(["extra" if k == 0 else "7", *reversed(line.split(","))]) + "\n" for k, line in enumerate(lines)
+    )
+    (tmp_path / "new.csv").write_text(turned)
+    (tmp_path / "other name.yaml").write_text(parted)
+    layout = ("--format", tmp_path / "other name.yaml")
+    assert prepare(tmp_path / "new.csv", tmp_path / "new", *layout, "--ids-of", tmp_path / "old") == 0
+    old, new = (open_prepared(tmp_path / n) for n in ("old", "new"))
+    np.testing.assert_array_equal(new.bags.ids, old.bags.ids)
+    np.testing.assert_array_equal(new.dense, old.dense)
 
 
 def test_a_longer_bag_than_any_before_is_refused(tmp_path, capsys):

@@ -517,6 +517,17 @@ def test_a_step_that_broke_off_does_not_count(name, placement):
     torch.testing.assert_close(trained(0, 2), trained(), atol=0, rtol=0)
 
 
+def test_rows_without_any_gradient_are_told_of():
+    model = nn.Module()
+    model.bag = RowTable(Table("t", 5, 2))
+    store = RowStore(model, open_device("cpu"), RowSettings("sgd"), 1.0)
+    out = model.bag(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1))
+    with pytest.raises(UserError, match=r"have no gradients: call backward\(\)"):
+        store.step()
+    out.sum().backward()
+    store.step()
+
+
 def test_gradients_may_be_forgotten():
     model = nn.Module()
     model.bag = RowTable(Table("t", 5, 2))

@@ -151,12 +151,15 @@ def test_a_bag_of_two_names_is_stored_once_and_one_that_only_counts_is_refused()
 
 
 @LOADS
-def test_a_checkpoint_is_exported_from_the_command_line(run, tmp_path, capsys):
-    best = run / "checkpoints" / "best.safetensors"
+def test_a_checkpoint_is_exported_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("synthetic_tables: [30, 2000, 40]\nbottom: [8]\ntop: [8]\n")
+    flags = ["--config", str(tmp_path / "c.yaml"), "--plugin", "tensorly_tt:rank=2", "--out", str(tmp_path / "run")]
+    assert launcher.main([*QUICK, *flags]) == 0
+    best = tmp_path / "run" / "checkpoints" / "best.safetensors"
     assert launcher.main(["--export", str(best), "--out", str(tmp_path / "e")]) == 0
     scorer, _ = serving.load(best)
     program = torch.export.load(tmp_path / "e" / "model.pt2").module()
-    inputs = torch.rand(4, 13), torch.randint(0, 3, (4, 26), dtype=torch.int32)
+    inputs = torch.rand(4, 13), torch.randint(0, 30, (4, 3), dtype=torch.int32)
     with torch.no_grad():
         torch.testing.assert_close(program(*inputs), scorer(*inputs), atol=1e-6, rtol=1e-5)
     assert launcher.main(["--export", str(best), "--out", str(tmp_path / "e")]) == 2

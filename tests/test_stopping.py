@@ -8,7 +8,7 @@ import time
 
 # A mutex of C that is locked twice waits like a compilation does: other threads run, and no signal is heard of.
 PROGRAM = """
-import ctypes, threading, time
+import ctypes, os, threading, time
 from dlrm_xla.stopping import stop_signals
 
 def stuck(seconds):
@@ -42,7 +42,9 @@ def stopped(work, number, signals):
         time.sleep(0.5)  # until it is at its work, and has heard of the one before
         process.send_signal(number)
         while "stopping after this step" not in told:
-            told += process.stderr.readline()
+            line = process.stderr.readline()
+            assert line, "it ended"
+            told += line
     printed, rest = process.communicate()
     late.cancel()
     return process.returncode, printed, told + rest
@@ -57,7 +59,14 @@ def test_one_is_told_of_at_once_and_heard_when_the_step_is_done():
 def test_a_second_one_ends_what_hears_nothing():
     code, printed, told = stopped("stuck(50)", signal.SIGINT, 2)
     assert (code, printed) == (130, "")
-    assert "stopped at once, within a step or its compilation" in told
+    assert "stopped at once; --resume goes on" in told
+
+
+def test_a_forked_child_is_not_heard():
+    work = "pid = os.fork(); pid or (os.kill(os.getpid(), 15), time.sleep(3), os._exit(0)); os.kill(os.getpid(), 15)"
+    code, printed, told = stopped(f"{work}; time.sleep(1.5)", signal.SIGTERM, 0)
+    assert (code, printed) == (0, "asked True\n")
+    assert told.count("stopping after this step") == 1
 
 
 def test_a_second_one_is_an_interrupt_where_python_runs():

@@ -89,6 +89,33 @@ def test_a_rate_changed_behind_the_back_of_a_recorded_step_is_refused(device):
         moved = (next(rows.tables())[1] - before[0]).abs().max().item()
         assert (moved > 0) == (rate > 0)
         rows.learning_rate = 0.7  # which is set again by the step
+    rows.learning_rate, dense.param_groups[0]["lr"] = 0.5, 0.25
+    recorded(ids)  # whatever another step sets them to while it is recorded
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.optim.SGD([torch.ones(1)], lr=-1.0), lambda: _Rateless([torch.ones(1)], {})]
+)
+def test_an_optimizer_that_is_no_good_does_not_matter(make, device):
+    kept = None
+    try:
+        kept = make()
+    except ValueError as error:
+        kept = error.__traceback__
+    weight = torch.ones(2).to("xla")
+
+    def step(x):
+        weight.add_(x)
+
+    recorded = device.compile(step, "alone")
+    recorded(torch.ones(2).to("xla"))
+    recorded(torch.ones(2).to("xla"))
+    assert kept is not None
+    assert weight.cpu().tolist() == [3, 3]
+
+
+class _Rateless(torch.optim.Optimizer):
+    pass
 
 
 def test_a_rate_may_equal_another_number_of_the_step(device):

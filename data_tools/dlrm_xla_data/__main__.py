@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(given: argparse.Namespace) -> int:
     files = find_sources(given.source, given.format)
-    layout, protocol = find_layout(given.format, files)
+    layout, protocol = find_layout(given.format, files, later=given.ids_of is not None)
     if given.multi_hot and (layout.variable_bags or len(given.multi_hot) != len(layout.categories)):
         raise UserError(
             f"--multi-hot needs one number for each of the {len(layout.categories)} categories, all with one value a "

@@ -1,6 +1,6 @@
 """What the ids of a prepared dataset stand for: kept with it, so that later rows can be given the same ids.
 
-values.npy     int64  [sum]  codes of the values that have an id (`dlrm_xla_data.parsing`), table after table
+values.npy     int64  [sum]  codes of the values that have an id (`dlrm_xla_data.parsing`), table after table, rising
 value_ids.npy  int32  [sum]  their ids
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dlrm_xla.errors import UserError
 from dlrm_xla_data.assembly import Rows
 from dlrm_xla_data.prepared import open_prepared, read_meta
-from dlrm_xla_data.vocabulary import MOST_IN_MEMORY, Codes, find_ids
+from dlrm_xla_data.vocabulary import Codes
 
 VALUES, IDS = "values", "value_ids"
 _PIECE = 2**20
@@ -28,7 +28,7 @@ class KnownIds:
     """The values and ids of a dataset's tables, mapped from its folder, and what it was prepared with."""
 
     folder: Path
-    layout: str
+    meaning: str
     options: dict[str, Any]
     names: list[str]
     bag_lengths: list[int]
@@ -39,12 +39,11 @@ class KnownIds:
     def ids(self, table: int, codes: Codes) -> NDArray[np.int32]:
         """Ids of codes; 0 where they have none."""
         values, ids = self.tables[table]
-        pieces = ((values[k : k + MOST_IN_MEMORY], ids[k : k + MOST_IN_MEMORY]) for k in _starts(values))
-        return find_ids(codes, pieces)
-
-
-def _starts(values: Codes) -> range:
-    return range(0, len(values), MOST_IN_MEMORY)
+        if not len(values):
+            return np.zeros(len(codes), np.int32)
+        # Values rise, so a few rows read little of a large table.
+        at = np.minimum(np.searchsorted(values, codes), len(values) - 1)
+        return np.where(values[at] == codes, ids[at], np.int32(0))
 
 
 def read_known(folder: Path) -> KnownIds:
@@ -53,10 +52,8 @@ def read_known(folder: Path) -> KnownIds:
     if origin := meta.get("ids_of"):
         raise UserError(f"--ids-of {folder}: its ids are those of {origin['folder']}. Name that folder.")
     if "values_per_table" not in meta:
-        raise UserError(
-            f"--ids-of {folder}: what its ids stand for was not kept when it was made. Prepare its log again, into "
-            "another folder."
-        )
+        remedy = "Prepare its log again, into another folder." if "key" in meta else "Its rows are synthetic."
+        raise UserError(f"--ids-of {folder}: what its ids stand for was not kept when it was made. {remedy}")
     dataset = open_prepared(folder)
     ends = np.cumsum(meta["values_per_table"])[:-1]
     try:
@@ -64,8 +61,8 @@ def read_known(folder: Path) -> KnownIds:
     except (OSError, ValueError) as error:
         raise UserError(f"--ids-of {folder}: {error}. Prepare its log again, into another folder.") from error
     return KnownIds(
-        folder,
-        meta["key"]["layout"],
+        folder.resolve(),
+        meta["meaning"],
         meta["options"],
         dataset.names,
         dataset.bag_lengths,

@@ -69,6 +69,15 @@ class Layout:
         """Whether any column holds several values a row."""
         return any(c.separator or c.at_most > 1 for c in self.categories)
 
+    @property
+    def meaning(self) -> str:
+        """What decides which numbers and ids a row has, whatever else its file holds and in which order."""
+        return repr((self.dense, self.categories, self.quoted, self.integers, self.derived, self.parquet))
+
+    def for_later_rows(self) -> Layout:
+        """The same without what only a split needs."""
+        return replace(self, split=None, time=self.time if self.derived else None)
+
     def kind(self, name: str) -> str:
         """How a category's values are written."""
         return next((c.kind for c in self.categories if c.name == name), TEXT)

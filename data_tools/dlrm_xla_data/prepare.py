@@ -83,8 +83,11 @@ def options_of(known: KnownIds, max_bad_rows: int) -> Options:
 FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
 
 
-def find_layout(name: str, files: Sequence[Path]) -> tuple[Layout, str]:
-    """The layout called so, or that of a YAML file, and the protocol that belongs to it."""
+def find_layout(name: str, files: Sequence[Path], later: bool = False) -> tuple[Layout, str]:
+    """The layout called so, or that of a YAML file, and the protocol that belongs to it.
+
+    ``later``: of rows that get the ids of others, and are not split.
+    """
     if name.endswith((".yaml", ".yml")):
         layout = layouts.from_yaml(Path(name))
         protocol = "column" if layout.split else "chronological"
@@ -96,6 +99,8 @@ def find_layout(name: str, files: Sequence[Path]) -> tuple[Layout, str]:
         layout, protocol = layouts.movielens(files[0]), "chronological"
     else:
         raise UserError(f"--format {name}: {choices(name, FORMATS)}, or a YAML file")
+    if later:
+        layout = layout.for_later_rows()
     if layout.header:
         names = _header(files[0], layout)
         layout = layout.with_columns(names, files[0])
@@ -204,9 +209,9 @@ def prepare(
         raise UserError("--protocol column needs a layout with `split: COLUMN`")
     sources = [fingerprint(file) for file in files]
     key = {"sources": sources, "layout": repr(layout), "options": json.loads(json.dumps(asdict(options)))}
-    key["layout"] = _digest(layout)
-    if known:
-        key["ids_of"] = known.digest
+    key["layout"] = hashlib.sha256(key["layout"].split("derive=")[0].encode()).hexdigest()
+    # Of what kind the files of an unfinished preparation are.
+    key["ids_of"] = known.digest if known else "its own"
     with _alone(folder):
         if folder.exists() and read_meta(folder).get("key") == key:
             return open_prepared(folder)  # another process made it meanwhile
@@ -227,7 +232,7 @@ def prepare(
                 about["ids_of"] = {"folder": known.folder.name, "values": known.digest}
             else:
                 files_of_values = [_value_files(columns, k) for k in range(len(per_table))]
-                about["values_per_table"] = join(scratch, files_of_values)
+                about |= {"values_per_table": join(scratch, files_of_values), "meaning": layout.meaning}
                 arrays += [VALUES, IDS]
             with ThreadPoolExecutor(THREADS) as pool:
                 digests = dict(zip(arrays, pool.map(lambda n: sha256(scratch / f"{n}.npy"), arrays), strict=True))
@@ -398,16 +403,12 @@ def _parsed(
                 future.cancel()
 
 
-def _digest(layout: Layout) -> str:
-    return hashlib.sha256(repr(layout).split("derive=")[0].encode()).hexdigest()
-
-
 def _check_known(known: KnownIds, layout: Layout) -> None:
     """Raises a UserError where a dataset's ids are of another layout, whose values have other codes."""
-    if known.layout != _digest(layout):
+    if known.meaning != layout.meaning:
         raise UserError(
-            f"--ids-of {known.folder} was prepared with another --format or layout, or from Parquet with other columns "
-            "of lists: the same values would not be known again. Give the same."
+            f"--ids-of {known.folder} was prepared with other numbers or categories, of another format, or from "
+            "Parquet with other columns of lists: the same values would not be known again. Describe them alike."
         )
 
 
@@ -468,6 +469,8 @@ def _write_ids(columns: RawColumns, k: int, name: str, split: Split, limits: Lim
 
 def _write_known_ids(columns: RawColumns, k: int, known: KnownIds) -> int:
     ids_file, counts_file = columns.folder / f"{k}.ids", columns.folder / f"{k}.counts"
+    if ids_file.is_file() and counts_file.is_file():
+        return len(known.counts[k])
     unfinished, missing = ids_file.with_suffix(".ids.new"), 0
     with unfinished.open("wb") as out:
         for codes in _larger(columns.codes(k)):
@@ -476,6 +479,7 @@ def _write_known_ids(columns: RawColumns, k: int, known: KnownIds) -> int:
     np.save(columns.folder / f"{k}.missing.npy", np.array([missing if name == "test" else 0 for name in PARTS]))
     known.counts[k].tofile(counts_file)
     os.replace(unfinished, ids_file)
+    columns.delete(f"{k}.codes")
     return len(known.counts[k])
 
 

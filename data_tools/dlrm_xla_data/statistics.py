@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
     return {
         "rows": len(dataset.labels),
         "splits": {name: list(dataset.splits[name]) for name in SPLITS},
-        "click_rate": {name: dataset.click_rate(name) for name in SPLITS},
+        "click_rate": {name: _known(dataset.click_rate(name)) for name in SPLITS},
         "total_table_rows": sum(t["rows"] for t in tables),
         "tables": tables,
     }
@@ -75,6 +76,10 @@ def zero_shares(dataset: PreparedDataset, split: str) -> list[float]:
             zeros[k] += (of_table == 0).sum()
             lookups[k] += (of_table >= 0).sum()
     return [float(z / max(1, n)) for z, n in zip(zeros, lookups, strict=True)]
+
+
+def _known(rate: float) -> float | None:
+    return None if math.isnan(rate) else rate
 
 
 def _exponent(counts: Any) -> float | None:
@@ -98,7 +103,7 @@ def table_text(found: dict[str, Any]) -> str:
             f"{t['top']['10000']:8.1%} {t['rows_for']['0.99']:14,} "
             f"{_share(t['missing']):>8s} {_share(t['unseen_test']):>15s} {slope:>6s}"
         )
-    rates = ", ".join(f"{name} {rate:.4f}" for name, rate in found["click_rate"].items())
+    rates = ", ".join(f"{name} {rate:.4f}" for name, rate in found["click_rate"].items() if rate is not None)
     lines.append(f"{found['rows']:,} rows, {found['total_table_rows']:,} rows of tables; click rate: {rates}")
     return "\n".join(lines)
 

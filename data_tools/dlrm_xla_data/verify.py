@@ -29,6 +29,13 @@ def verify(folder: Path) -> list[str]:
     for name, digest in meta.get("checksums", {}).items():
         if sha256(folder / f"{name}.npy") != digest:
             problems.append(f"{name}.npy is not what was written: its SHA-256 is not the one in meta.json")
+    if "values_per_table" in meta:
+        ends = np.cumsum([0, *meta["values_per_table"]])
+        values = np.load(folder / "values.npy", mmap_mode="r")
+        for table, first, last in zip(dataset.names, ends, ends[1:], strict=False):
+            pieces = range(first, last, _ROWS)
+            if any((np.diff(values[k : min(k + _ROWS + 1, last)]) <= 0).any() for k in pieces):
+                problems.append(f"values of {table} do not rise, so that what its ids stand for is not found")
     problems += list(_content(dataset, "ids_of" not in meta))
     (folder / VERIFIED).write_text(json.dumps({"unsound": problems[0]} if problems else marks))
     return problems

@@ -8,7 +8,7 @@ has one part in memory at a time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,21 @@ class Vocabulary:
 
     def ids(self, codes: Codes) -> NDArray[np.int32]:
         """Ids of codes; 0 where they have none."""
-        parts = ((np.fromfile(values, np.int64), np.fromfile(ids, np.int32)) for values, ids in self.parts)
-        return find_ids(codes, parts)
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        result = np.zeros(len(codes), np.int32)
+        for values, ids in self.parts:
+            known = np.fromfile(values, np.int64)
+            if not len(known):
+                continue
+            of_known = np.append(np.fromfile(ids, np.int32), np.int32(0))
+            place = pc.index_in(pa.array(codes), value_set=pa.array(known)).fill_null(-1).to_numpy()
+            np.maximum(result, of_known[place], out=result)
+        return result
 
     def save(self, values: Path, ids: Path) -> None:
-        """Writes all codes that have an id, and their ids, in two files."""
+        """Writes all codes that have an id, rising, and their ids, in two files."""
         for target, files in ((values, [v for v, _ in self.parts]), (ids, [i for _, i in self.parts])):
             with target.open("wb") as out:
                 for file in files:
@@ -68,21 +78,6 @@ class Vocabulary:
             for file in files:
                 file.unlink(missing_ok=True)
         self.counts.unlink(missing_ok=True)
-
-
-def find_ids(codes: Codes, parts: Iterable[tuple[Codes, NDArray[np.int32]]]) -> NDArray[np.int32]:
-    """Ids of codes, by parts of the values that have one; 0 where they have none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    result = np.zeros(len(codes), np.int32)
-    for values, ids in parts:
-        if not len(values):
-            continue
-        of_known = np.append(ids, np.int32(0))
-        place = pc.index_in(pa.array(codes), value_set=pa.array(values)).fill_null(-1).to_numpy()
-        np.maximum(result, of_known[place], out=result)
-    return result
 
 
 def build_vocabulary(folder: Path, name: str, training_codes: Chunks, limits: Limits) -> Vocabulary:
