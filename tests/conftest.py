@@ -25,8 +25,9 @@ SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
 
 needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device was found")
-OTHER_DEVICES = {"xla": needs_xla, "cuda": needs_cuda}
-EVERY_DEVICE = ["cpu", *(pytest.param(device, marks=needs) for device, needs in OTHER_DEVICES.items())]
+_OTHERS = {"xla": needs_xla, "cuda": needs_cuda}
+EVERY_DEVICE = ["cpu", *(pytest.param(device, marks=needs) for device, needs in _OTHERS.items())]
+SLOW_BUT_ON_CPU = ["cpu", *(pytest.param(name, marks=[pytest.mark.slow, needs]) for name, needs in _OTHERS.items())]
 
 
 def pytest_collection_finish() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import EVERY_DEVICE, launch_script
+from conftest import EVERY_DEVICE, SLOW_BUT_ON_CPU, launch_script
 from dlrm_xla_data.bags import Bags, batches_of_buckets, bucket_lengths, bucket_of
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import open_prepared, save_dataset
@@ -116,7 +116,7 @@ def test_a_bucket_is_one_compile_and_trains_as_bags_padded_to_the_longest(datase
         torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("device", EVERY_DEVICE)
+@pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 def test_a_run_with_them_trains_evaluates_and_exports(device, tmp_path, capsys):
     settings = {"synthetic_tables": TABLES, "synthetic_bags": MOST, "synthetic_variable": True, "synthetic_rows": 2000}
     settings |= {"bottom": [8], "top": [8], "dim": 4, "batch_size": 128, "min_count": 0, "epochs": 1}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import EVERY_DEVICE, OTHER_DEVICES, ROOT, launch_script, needs_xla
+from conftest import EVERY_DEVICE, ROOT, SLOW_BUT_ON_CPU, launch_script, needs_xla
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss
 
@@ -200,10 +200,7 @@ def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, 
     assert ".item()" in printed
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", *(pytest.param(device, marks=[pytest.mark.slow, needs]) for device, needs in OTHER_DEVICES.items())],
-)
+@pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
     out = tmp_path / "run"
     flags = [
