@@ -189,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, help="Markdown file with the two markers")
     given = parser.parse_args(arguments)
     try:
-        reports = [read(folder) for folder in given.runs if folder.is_dir()]
+        for path in given.runs:
+            if not path.exists():
+                raise UserError(f"there is no run folder {path}")
+        reports = [read(folder) for folder in given.runs if folder.is_dir()]  # of runs/* what is no folder is left out
         if not reports:
             raise UserError("none of these is a run folder; give the folders that launch/run.py wrote")
         check_alike(reports)

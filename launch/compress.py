@@ -138,8 +138,8 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     print(plan.ratio())
     if all(p.plugin == registry.EXACT for p in plan.bags):
         raise UserError(
-            f"{config.plugin} would replace no table, for the reasons above. Give --ratio, options that keep less, or "
-            "a lower --min-rows."
+            f"{config.plugin} would replace no table, for the reasons above. Give {'a larger ' * bool(config.ratio)}"
+            "--ratio, options that keep less, or a lower --min-rows."
         )
     for make, table, planned in zip(plan.make_bags, plan.tables, plan.bags, strict=True):
         check_takes_tables(planning.on_meta(make, table), planned.plugin)

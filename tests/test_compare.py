@@ -103,4 +103,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     assert compare.main([str(tmp_path)]) == 2
     assert "is no finished run" in capsys.readouterr().err
     assert compare.main([str(tmp_path / "none")]) == 2
+    assert f"there is no run folder {tmp_path / 'none'}" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert compare.main([str(tmp_path / "file")]) == 2
     assert "none of these is a run folder" in capsys.readouterr().err
