@@ -51,8 +51,8 @@ class HostRates:
             thing = reference()
             if isinstance(thing, HasHostRate):
                 thing.learning_rate = rates[0]
-            elif thing is not None:
-                for group, rate in zip(_groups(thing), rates, strict=True):
+            elif thing is not None and len(groups := _groups(thing)) == len(rates):  # else some became tensors
+                for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
 
     def changed(self) -> str:
