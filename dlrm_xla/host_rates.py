@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +36,6 @@ class HostRates:
     def __init__(self) -> None:
         things = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer | HasHostRate))
         self._found = [_Rates(weakref.ref(t), _rates(t), _versions(t)) for t in things]
-
-    def keep(self, updated: Callable[[Tensor], bool]) -> None:
-        """Forgets those that write to no tensor of which ``updated`` says that the step does."""
-        self._found = [r for r in self._found if any(map(updated, _written(r.of())))]
 
     def keep_stepped(self) -> None:
         """Forgets those that wrote to nothing since this was made."""

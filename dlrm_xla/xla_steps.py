@@ -131,8 +131,7 @@ class RecordedStep:
         self._num_outputs, self._single = len(trace.outputs), trace.single
         self._graph = trace.graph
         if rate is None:  # else the step sets them
-            written = {id(t) for t in trace.written}
-            host_rates.keep(lambda tensor: id(tensor) in written)
+            host_rates.keep_stepped()
             self._host_rates = host_rates
 
     def trace(

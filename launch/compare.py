@@ -33,7 +33,7 @@ RATES = {"plugin_lr": "plugin lr", "row_lr": "row lr"}
 # What also may differ where tables were compressed: how they were fine-tuned.
 FINE_TUNING = ("dense_lr", "epochs", "patience", "evals_per_epoch")
 # Of these the runs of one row have one value too, for no column shows them.
-NOT_SHOWN = ("min_rows", "tables", "row_kernels", *FINE_TUNING)
+NOT_SHOWN = ("min_rows", "tables", "row_kernels")
 MAY_DIFFER = {
     "plugin",
     "ratio",
@@ -43,7 +43,7 @@ MAY_DIFFER = {
     "data_cache",
     "min_count",
     *RATES,
-    *(key for key in NOT_SHOWN if key not in FINE_TUNING),
+    *NOT_SHOWN,
 }
 
 
@@ -112,7 +112,7 @@ def rows(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _check_one_setting(group: Sequence[dict[str, Any]]) -> None:
     """Raises a UserError where runs of one row differ in what the row does not show."""
-    for key in NOT_SHOWN:
+    for key in (*NOT_SHOWN, *FINE_TUNING):
         values = {str(r["settings"][key]): r["folder"] for r in group if key in r["settings"]}
         if len(values) > 1:
             (one, here), (other, there) = list(values.items())[:2]

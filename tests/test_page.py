@@ -107,7 +107,7 @@ def test_every_setting_that_changes_a_result_tells_runs_apart():
     told = {"plugin", "device", "preset", "batch_size", "epochs_asked", "data", *SETTINGS}
     fields = {f.name for f in dataclasses.fields(Config)} - {"seed", "epochs"}
     assert fields - told == {
-        "out", "data_cache", "log_every", "save_every", "save_minutes", "keep_checkpoints", "rank_patience"
+        "out", "data_cache", "row_files", "log_every", "save_every", "save_minutes", "keep_checkpoints", "rank_patience"
     }  # fmt: skip
 
 

@@ -203,18 +203,7 @@ def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, 
 @pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
     out = tmp_path / "run"
-    flags = [
-        "--synthetic-rows",
-        "14000",
-        "--batch-size",
-        "64",
-        "--epochs",
-        "250",
-        "--patience",
-        "0",
-        "--log-every",
-        "3",
-    ]
+    flags = "--synthetic-rows 14000 --batch-size 64 --epochs 250 --patience 0 --log-every 3".split()
     process = subprocess.Popen(
         [sys.executable, "launch/run.py", *flags, "--device", device, "--out", str(out)],
         cwd=ROOT,

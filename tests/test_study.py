@@ -132,7 +132,7 @@ tuning: {trials: 5, seed: 7, search: {row_lr: [0.01, 0.5]}}
         assert again[0].id == asked[0].id
 
 
-def test_what_a_block_decides_is_not_searched_for_it(study_file, tmp_path):
+def test_what_a_block_decides_is_not_searched_for_it(study_file):
     text = """
 runs:
   - {plugin: exact, row_lr: [0.02, 0.08], seed: [0, 1]}

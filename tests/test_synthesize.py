@@ -75,7 +75,7 @@ def test_options_do_what_they_say():
         (["--correlation", "1.5"], "--correlation is 1.5"),
         (["--click-rate", "0"], "--click-rate between 0 and 1"),
         (["--seed", str(2**64)], "--seed 18446744073709551616: must be at least 0 and below"),
-        (["--rows", "3"], "3"),
+        (["--rows", "3"], "3 rows are too few for the day split"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changed, words, tmp_path, capsys):

@@ -114,15 +114,20 @@ def assemble(
 def _write_counts(columns: RawColumns, folder: Path) -> list[int]:
     """Writes the counts of all tables one after the other; returns rows of tables, row 0 included."""
     files = [columns.folder / f"{k}.counts" for k in range(columns.num_categories)]
-    sizes = [file.stat().st_size // 8 for file in files]
-    with Rows(folder / "counts.npy", np.int64, (sum(sizes),)) as out:
+    return [1 + size for size in join(folder / "counts.npy", np.int64, files)]
+
+
+def join(path: Path, dtype: Any, files: Sequence[Path]) -> list[int]:
+    """Writes plain files of numbers, one for each table, as one .npy file; returns how many each has."""
+    sizes = [file.stat().st_size // np.dtype(dtype).itemsize for file in files]
+    with Rows(path, dtype, (sum(sizes),)) as out:
         at = 0
         for file in files:
             with file.open("rb") as of_table:
-                while len(counts := np.fromfile(of_table, np.int64, CHUNK)):
-                    out.write(at, counts)
-                    at += len(counts)
-    return [1 + size for size in sizes]
+                while len(numbers := np.fromfile(of_table, dtype, CHUNK)):
+                    out.write(at, numbers)
+                    at += len(numbers)
+    return sizes
 
 
 class _FixedBags:

@@ -6,7 +6,6 @@ value_ids.npy  int32  [sum]  their ids
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm_xla.errors import UserError
-from dlrm_xla_data.assembly import Rows
 from dlrm_xla_data.prepared import open_prepared, read_meta
 from dlrm_xla_data.vocabulary import Codes
 
 VALUES, IDS = "values", "value_ids"
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class KnownIds:
     folder: Path
     meaning: str
     options: dict[str, Any]
-    names: list[str]
     bag_lengths: list[int]
     counts: list[NDArray[np.int64]]
     tables: list[tuple[Codes, NDArray[np.int32]]]
@@ -64,28 +60,8 @@ def read_known(folder: Path) -> KnownIds:
         folder.resolve(),
         meta["meaning"],
         meta["options"],
-        dataset.names,
         dataset.bag_lengths,
         dataset.counts,
         list(zip(*parts, strict=True)),
         meta["checksums"][VALUES] + meta["checksums"][IDS],
     )
-
-
-def join(folder: Path, sources: Sequence[tuple[Path, Path]]) -> list[int]:
-    """Writes the two arrays from a pair of files for each table; returns values per table."""
-    sizes = [values.stat().st_size // 8 for values, _ in sources]
-    for name, dtype, files in ((VALUES, np.int64, [v for v, _ in sources]), (IDS, np.int32, [i for _, i in sources])):
-        with Rows(folder / f"{name}.npy", dtype, (sum(sizes),)) as out:
-            at = 0
-            for piece in _pieces(files, dtype):
-                out.write(at, piece)
-                at += len(piece)
-    return sizes
-
-
-def _pieces(files: Sequence[Path], dtype: Any) -> Iterator[NDArray[Any]]:
-    for file in files:
-        with file.open("rb") as opened:
-            while len(piece := np.fromfile(opened, dtype, _PIECE)):
-                yield piece

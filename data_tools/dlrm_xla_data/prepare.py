@@ -29,8 +29,8 @@ from tqdm import tqdm
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla_data import layout as layouts
 from dlrm_xla_data import lines
-from dlrm_xla_data.assembly import assemble, sha256
-from dlrm_xla_data.known_ids import IDS, VALUES, KnownIds, join
+from dlrm_xla_data.assembly import assemble, join, sha256
+from dlrm_xla_data.known_ids import IDS, VALUES, KnownIds
 from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.lines import Block, Digests, Place
 from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, list_columns, parse, parse_parquet
@@ -231,8 +231,10 @@ def prepare(
             if known:
                 about["ids_of"] = {"folder": known.folder.name, "values": known.digest}
             else:
-                files_of_values = [_value_files(columns, k) for k in range(len(per_table))]
-                about |= {"values_per_table": join(scratch, files_of_values), "meaning": layout.meaning}
+                values, ids = zip(*(_value_files(columns, k) for k in range(len(per_table))), strict=True)
+                join(scratch / f"{IDS}.npy", np.int32, ids)
+                sizes = join(scratch / f"{VALUES}.npy", np.int64, values)
+                about |= {"values_per_table": sizes, "meaning": layout.meaning}
                 arrays += [VALUES, IDS]
             with ThreadPoolExecutor(THREADS) as pool:
                 digests = dict(zip(arrays, pool.map(lambda n: sha256(scratch / f"{n}.npy"), arrays), strict=True))

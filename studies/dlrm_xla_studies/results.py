@@ -19,7 +19,8 @@ from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
 TABLE = "results.parquet"
 # Settings that a report has itself, and those that say what is written where and when.
 _IN_REPORT = ("plugin", "device", "preset", "batch_size", "epochs", "seed", "data")
-_OF_FILES = ("out", "data_cache", "log_every", "save_every", "save_minutes", "keep_checkpoints", "rank_patience")
+_OF_FILES = ("out", "data_cache", "row_files", "log_every", "save_every", "save_minutes", "keep_checkpoints",
+             "rank_patience")  # fmt: skip
 # All others tell runs apart.
 SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _IN_REPORT + _OF_FILES)
 # What an undisturbed study and one that was killed and resumed agree in.
