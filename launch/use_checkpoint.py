@@ -31,7 +31,7 @@ _FOR_PROGRAMS = {"out", "batch_size"}
 
 
 def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
-    """Scores a split of a dataset by a checkpoint, writes predictions as Parquet, prints the metrics.
+    """Scores a split of a dataset by a checkpoint, writes predictions as Parquet, prints metrics where it has labels.
 
     Settings are those of the checkpoint but for ``given``. A UserError where the data's ids mean something else.
     """
@@ -72,9 +72,11 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     labels = loader.labels("scored").numpy()
     logits = predict(steps, loader, "scored", GraphWatch(device, warn))
     check_scores(logits)
-    write_predictions(out, labels, logits, dataset.splits[split][0])
+    write_predictions(out, labels if dataset.labelled else None, logits, dataset.splits[split][0])
     print(f"{len(labels):,} {split} rows scored by {path}, step {about['step']:,}")
-    if 0 < float(np.mean(labels)) < 1:
+    if not dataset.labelled:
+        print(f"mean probability    {float((1 / (1 + np.exp(-logits.astype(np.float64)))).mean()):>12.4f}; no labels")
+    elif 0 < float(np.mean(labels)) < 1:
         trains = dataset.splits["train"][0] < dataset.splits["train"][1]
         base = base_rate_metrics(labels, dataset.click_rate("train" if trains else split))
         for name, value in click_metrics(labels, logits).items():

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import criteo_line, launch_script
@@ -90,6 +91,75 @@ def test_the_same_rows_get_the_same_scores(tmp_path, capsys):
     np.testing.assert_array_equal(other["label"], one["label"])
     assert launcher.main(["--data", str(tmp_path / "later"), "--out", str(tmp_path / "no")]) == 2
     assert "it has no training rows" in capsys.readouterr().err
+
+
+def test_rows_without_labels_get_the_same_scores(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    log = [criteo_line(rng) + "\n" for _ in range(1400)]
+    (tmp_path / "train.tsv").write_text("".join(log))
+    criteo = ("--format", "criteo")
+    assert prepare(tmp_path / "train.tsv", tmp_path / "train", *criteo) == 0
+    run = tmp_path / "run"
+    assert launcher.main(["--data", str(tmp_path / "train"), "--batch-size", "128", "--out", str(run)]) == 0
+    best = str(run / "checkpoints" / "best.safetensors")
+    rows = log[:300]
+    (tmp_path / "labelled.tsv").write_text("".join(rows))
+    (tmp_path / "unlabelled.tsv").write_text("".join(row.partition("\t")[2] for row in rows))
+    later = (*criteo, "--ids-of", tmp_path / "train")
+    assert prepare(tmp_path / "labelled.tsv", tmp_path / "a", *later) == 0
+    assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "b", *later, "--unlabelled") == 0
+    assert "300 rows, no labels" in capsys.readouterr().out
+    for name in "ab":
+        scores = ["--data", str(tmp_path / name), "--out", str(tmp_path / f"{name}.parquet")]
+        assert launcher.main(["--evaluate", best, *scores]) == 0
+    told = capsys.readouterr()
+    assert ("auc" in told.out, told.out.count("no labels")) == (True, 1)
+    one, other = (pq.read_table(tmp_path / f"{n}.parquet").to_pandas() for n in "ab")
+    assert list(one) == ["row", "label", "logit", "probability"]
+    assert list(other) == ["row", "logit", "probability"]
+    np.testing.assert_array_equal(other["logit"], one["logit"])
+    assert f"{other['probability'].mean():.4f}; no labels" in told.out
+    assert main(["verify", str(tmp_path / "b")]) == 0
+    assert main(["stats", str(tmp_path / "b"), "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "stats.json").read_text())["click_rate"]["test"] is None
+    assert prepare(tmp_path / "labelled.tsv", tmp_path / "c", *later, "--unlabelled") == 2
+    assert "40 tab-separated columns, expected 39: 13 integers, 26 categories" in capsys.readouterr().err
+    assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "c", *criteo, "--unlabelled") == 2
+    assert "Give --ids-of" in capsys.readouterr().err
+    assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "c", *later) == 2
+    assert "--unlabelled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["header", "header with labels", "columns", "parquet"])
+def test_a_label_is_not_looked_for_where_there_is_none(kind, tmp_path):
+    lists_log(tmp_path / "old.csv", 200, 0)
+    header, *rows = (tmp_path / "old.csv").read_text().splitlines()
+    text = LAYOUT
+    if kind == "columns":
+        text += f"columns: [{header}]\n"
+        (tmp_path / "old.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "l.yaml").write_text(text)
+    layout = ("--format", tmp_path / "l.yaml")
+    lines = rows if kind == "columns" else [header, *rows]
+    new = [line if kind == "header with labels" else line.partition(",")[2] for line in lines]
+    if kind == "parquet":
+        text = text.replace("format: csv", "format: parquet")
+        (tmp_path / "l.yaml").write_text(text)
+        columns = [[row.split(",")[k] for row in rows] for k in range(5)]
+        types = {"y": int, "price": float, "tags": str, "city": str, "item": int}
+        table = {n: [t(v) for v in c] for (n, t), c in zip(types.items(), columns, strict=True)}
+        pq.write_table(pa.table(table), tmp_path / "old.csv")
+        del table["y"]
+        pq.write_table(pa.table(table), tmp_path / "new.csv")
+    else:
+        (tmp_path / "new.csv").write_text("\n".join(new) + "\n")
+    assert prepare(tmp_path / "old.csv", tmp_path / "old", *layout) == 0
+    later = (*layout, "--ids-of", tmp_path / "old", "--unlabelled")
+    assert prepare(tmp_path / "new.csv", tmp_path / "new", *later) == 0
+    old, new_rows = (open_prepared(tmp_path / n) for n in ("old", "new"))
+    assert not new_rows.labelled
+    np.testing.assert_array_equal(new_rows.bags.ids, old.bags.ids)
+    np.testing.assert_array_equal(new_rows.dense, old.dense)
 
 
 def test_ids_that_cannot_be_given_are_refused(small_log, tmp_path, capsys):

@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a prepared dataset whose ids the rows get, to be scored by what was trained on it",
     )
+    made.add_argument(
+        "--unlabelled", action="store_true", help="with --ids-of: rows have no label yet, and no column of it is read"
+    )
 
     checked = commands.add_parser("verify", help="checks a prepared dataset, reading all of it")
     checked.add_argument("folder", type=Path)
@@ -127,8 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(given: argparse.Namespace) -> int:
+    if given.unlabelled and given.ids_of is None:
+        raise UserError(
+            "--unlabelled: rows without labels can only be scored. Give --ids-of what a model was trained on."
+        )
     files = find_sources(given.source, given.format)
-    layout, protocol = find_layout(given.format, files, later=given.ids_of is not None)
+    layout, protocol = find_layout(given.format, files, given.ids_of is not None, given.unlabelled)
     if given.multi_hot and (layout.variable_bags or len(given.multi_hot) != len(layout.categories)):
         raise UserError(
             f"--multi-hot needs one number for each of the {len(layout.categories)} categories, all with one value a "
@@ -154,7 +161,8 @@ def _prepare(given: argparse.Namespace) -> int:
     dataset = prepare(files, given.dest, layout, options, known)
     for name, (start, stop) in dataset.splits.items():
         if stop > start:
-            print(f"{name:11s} {stop - start:,} rows, click rate {dataset.click_rate(name):.4f}")
+            clicks = f"click rate {dataset.click_rate(name):.4f}" if dataset.labelled else "no labels"
+            print(f"{name:11s} {stop - start:,} rows, {clicks}")
     print(f"tables      {len(dataset.names)}, {sum(1 + len(c) for c in dataset.counts):,} rows")
     if known:
         shares = zip(dataset.names, zero_shares(dataset, "test"), strict=True)

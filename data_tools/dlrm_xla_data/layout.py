@@ -34,16 +34,16 @@ class Layout:
     """Columns of a log and their use.
 
     ``columns`` are those of the file in order; with ``header`` its first line names them. ``label`` is 1 where its
-    column says 1 or, with ``above``, more than that. ``dense`` gives each number's transform: "none", or "log1p",
-    log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole. ``derive`` makes further columns from
-    that of ``time``, and raises ValueError for a value that cannot be. ``time`` or ``split`` name a column that decides
-    a row's part. ``parquet``: files are Parquet.
+    column says 1 or, with ``above``, more than that; None where rows have none yet. ``dense`` gives each number's
+    transform: "none", or "log1p", log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole.
+    ``derive`` makes further columns from that of ``time``, and raises ValueError for a value that cannot be. ``time``
+    or ``split`` name a column that decides a row's part. ``parquet``: files are Parquet.
     """
 
     name: str
     columns: tuple[str, ...] | None
     delimiter: str
-    label: str
+    label: str | None
     dense: dict[str, str]
     categories: tuple[Category, ...]
     above: float | None = None
@@ -60,9 +60,8 @@ class Layout:
     @property
     def needed(self) -> list[str]:
         """Columns that the file must have, each once."""
-        optional = [name for name in (self.time, self.split) if name]
-        names = [self.label, *self.dense, *(c.name for c in self.categories), *optional]
-        return [n for n in dict.fromkeys(names) if n not in self.derived]
+        names = [self.label, *self.dense, *(c.name for c in self.categories), self.time, self.split]
+        return [n for n in dict.fromkeys(names) if n and n not in self.derived]
 
     @property
     def variable_bags(self) -> bool:
@@ -77,6 +76,12 @@ class Layout:
     def for_later_rows(self) -> Layout:
         """The same without what only a split needs."""
         return replace(self, split=None, time=self.time if self.derived else None)
+
+    def without_label(self) -> Layout:
+        """The same for rows that have no label yet: where no header says what columns there are, its column is gone."""
+        unlabelled = replace(self, label=None, check=lambda fields: None)
+        columns = [c for c in self.columns or () if c != self.label or c in unlabelled.needed]
+        return replace(unlabelled, columns=tuple(columns) if columns else None)
 
     def kind(self, name: str) -> str:
         """How a category's values are written."""
@@ -122,7 +127,8 @@ def _criteo_hint(fields: list[bytes]) -> str | None:
     if len(fields) == 39:
         return (
             "39 columns, and no label: this is the unlabelled test form of the Criteo log. "
-            "Training needs the labelled one (train.txt, 40 columns)."
+            "Training needs the labelled one (train.txt, 40 columns); to score its rows, prepare it with --ids-of "
+            "PREPARED --unlabelled."
         )
     if len(fields) == 1 and fields[0].count(b",") > 1:
         return (

@@ -191,7 +191,8 @@ def _read(data: bytes, layout: Layout) -> Any:
     needed = [n for n in layout.columns if n in set(layout.needed) | ({"hour"} if layout.derive else set())]
     types = {name: pa.binary() for name in needed}
     types |= dict.fromkeys((n for n in layout.dense if n in types), pa.int64() if layout.integers else pa.float64())
-    types[layout.label] = pa.float64() if layout.above is not None else pa.int8()
+    if layout.label:
+        types[layout.label] = pa.float64() if layout.above is not None else pa.int8()
     types |= {n: pa.int64() for n in types if layout.kind(n) == NUMBER}
     if layout.time:
         types[layout.time] = pa.int64()
@@ -272,6 +273,8 @@ def _one(table: Any, name: str) -> Any:
 def _labels(table: Any, layout: Layout) -> NDArray[np.int8]:
     import pyarrow as pa
 
+    if not layout.label:
+        return np.zeros(len(table), np.int8)
     column = _one(table, layout.label)
     if column.null_count:
         raise Misfit("a label is missing")
@@ -446,11 +449,12 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
         parted = "tab-separated " if layout.delimiter == "\t" else ""
         return f"{len(fields)} {parted}columns, expected {len(layout.columns)}: {', '.join(_named(layout))}"
     values = dict(zip(layout.columns, fields, strict=True))
-    label = values[layout.label]
-    if layout.above is None and _integer(label, 8) not in (0, 1):
-        return f"the label is {_shown(label)}, expected 0 or 1"
-    if layout.above is not None and not _is_number(label):
-        return f"the label is {_shown(label)}, expected a number"
+    if layout.label:
+        label = values[layout.label]
+        if layout.above is None and _integer(label, 8) not in (0, 1):
+            return f"the label is {_shown(label)}, expected 0 or 1"
+        if layout.above is not None and not _is_number(label):
+            return f"the label is {_shown(label)}, expected a number"
     for name in layout.dense:
         value = values.get(name, b"")
         if layout.integers and value and _integer(value) is None:
@@ -491,7 +495,7 @@ def _underived(derive: Callable[[Any], Any], name: str, value: bytes) -> str | N
 def _named(layout: Layout) -> list[str]:
     names = list(layout.columns or ())
     if layout.name == "criteo":
-        return ["label", "13 integers", "26 categories"]
+        return [*(["label"] if layout.label else []), "13 integers", "26 categories"]
     return names if len(names) < 8 else [*names[:4], "...", names[-1]]
 
 

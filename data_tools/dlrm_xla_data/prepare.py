@@ -83,10 +83,10 @@ def options_of(known: KnownIds, max_bad_rows: int) -> Options:
 FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
 
 
-def find_layout(name: str, files: Sequence[Path], later: bool = False) -> tuple[Layout, str]:
+def find_layout(name: str, files: Sequence[Path], later: bool = False, unlabelled: bool = False) -> tuple[Layout, str]:
     """The layout called so, or that of a YAML file, and the protocol that belongs to it.
 
-    ``later``: of rows that get the ids of others, and are not split.
+    ``later``: of rows that get the ids of others, and are not split; ``unlabelled``, which have no label yet.
     """
     if name.endswith((".yaml", ".yml")):
         layout = layouts.from_yaml(Path(name))
@@ -101,6 +101,10 @@ def find_layout(name: str, files: Sequence[Path], later: bool = False) -> tuple[
         raise UserError(f"--format {name}: {choices(name, FORMATS)}, or a YAML file")
     if later:
         layout = layout.for_later_rows()
+    if unlabelled:
+        if name == "movielens":
+            raise UserError("--unlabelled: every row of MovieLens has a rating. Describe such rows by a YAML file.")
+        layout = layout.without_label()
     if layout.header:
         names = _header(files[0], layout)
         layout = layout.with_columns(names, files[0])
@@ -250,6 +254,7 @@ def prepare(
                     "ids_per_table": per_table,
                     "splits": split.final_ranges(),
                     **about,
+                    "labelled": layout.label is not None,
                     "files": read["files"],
                     "layout": layout.name,
                     "options": key["options"],

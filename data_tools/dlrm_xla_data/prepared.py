@@ -1,6 +1,6 @@
 """The prepared dataset: plain .npy arrays and one meta.json, readable with numpy alone.
 
-    labels.npy   int8    [N]     0 or 1
+    labels.npy   int8    [N]     0 or 1; all 0 where meta.json has ``"labelled": false``
     dense.npy    float32 [N, I]  transformed, missing is 0
     ids.npy      int32   [N, S]  slots of all features side by side; 0 missing or unseen in training
     counts.npy   int64   [sum]   for each feature, how often its ids 1, 2, ... occur in training (falling)
@@ -52,6 +52,7 @@ class PreparedDataset:
     splits: dict[str, tuple[int, int]]
     source: dict[str, Any]
     bags: Bags | None = None
+    labelled: bool = True
 
     @property
     def shape(self) -> tuple[int, list[int], bool]:
@@ -76,9 +77,9 @@ class PreparedDataset:
         return 1 + int(np.searchsorted(-counts, -min_count, side="right"))
 
     def click_rate(self, split: str) -> float:
-        """Share of clicks in a split, NaN where it has no rows."""
+        """Share of clicks in a split, NaN where it has no rows or no labels."""
         start, stop = self.splits[split]
-        return float(self.labels[start:stop].mean()) if start < stop else math.nan
+        return float(self.labels[start:stop].mean()) if start < stop and self.labelled else math.nan
 
 
 def day_split(num_rows: int, days: int = 7) -> dict[str, tuple[int, int]]:
@@ -187,6 +188,7 @@ def open_prepared(folder: Path) -> PreparedDataset:
             {name: (int(a), int(b)) for name, (a, b) in meta["splits"].items()},
             meta["source"],
             bags,
+            meta.get("labelled", True),
         )
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(
