@@ -123,18 +123,18 @@ class Steps:
     def train(self, packed: PackedBatch, step: int) -> None:
         """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
         self._check_ids(packed, f"training step {step + 1}")
-        packed = self._arranged(packed)
+        packed = self.arranged(packed)
         run = self._graph(self._train_step, "train", packed)
         run(packed.sent(self.device.send), rate=learning_rate_factor(self.config, step))
 
     def evaluate(self, packed: PackedBatch) -> Tensor:
         """Logits of one batch, float32, still on the device."""
         self._check_ids(packed, "evaluation")
-        packed = self._arranged(packed)
+        packed = self.arranged(packed)
         logits_B: Tensor = self._graph(self._evaluation_step, "evaluation", packed)(packed.sent(self.device.send))
         return logits_B
 
-    def _arranged(self, packed: PackedBatch) -> PackedBatch:
+    def arranged(self, packed: PackedBatch) -> PackedBatch:
         """Features side by side as bags come: on the host, where it costs nothing but a copy of the ids."""
         return packed if self._order is None else arranged(packed, self.bag_lengths, self._order)
 

@@ -89,17 +89,19 @@ def default_cache() -> Path:
 
 
 def report_of(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tracers) -> dict[str, Any]:
-    """Compiles both steps for a slice; the train step's figures are the report's own."""
+    """Compiles the steps for a slice; the train step's figures are the report's own, of the longest bags."""
     traced, about = tracers.trace(config, slice.devices)
-    steps = {}
+    reports = []
     on = chip.name if slice.devices == 1 else f"{slice.devices} x {chip.name}"
     began = time.monotonic()
     for step in traced:
-        what = f"{config.plugin}, {step.name} step for {on}"
+        bags = f" of {step.slots} slots" if config.synthetic_variable else ""
+        what = f"{config.plugin}, {step.name} step{bags} for {on}"
         print(what, file=sys.stderr)
         say = partial(_say, what)
         compiled = compile_step(step, chip, slice, cache, say)
-        steps[step.name] = step_report(step, compiled, chip, slice)
+        reports.append(step_report(step, compiled, chip, slice))
+    train, forward, *shorter = reports
     return {
         "chip": chip.name,
         "chips": math.prod(slice.axes),
@@ -115,9 +117,10 @@ def report_of(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tr
         "compiler": compiler_version(),
         "seconds": round(time.monotonic() - began, 1),
         **about,
-        **steps["train"],
-        **{f"per_chip_{name}": steps["train"][name] for name in ("argument_bytes", "temporary_bytes")},
-        "forward": steps["forward"],
+        **train,
+        **{f"per_chip_{name}": train[name] for name in ("argument_bytes", "temporary_bytes")},
+        "forward": forward,
+        "shorter_bags": [{"slots": step.slots, **report} for step, report in zip(traced[2:], shorter, strict=True)],
     }
 
 
@@ -189,7 +192,13 @@ def text(report: dict[str, Any]) -> str:
         f"rows by {report['row_optimizer']}, on {_where(report)}; {report['compiler']}; nothing was run"
     ]
     for name, step in (("train", report), ("forward", report["forward"])):
-        lines += [f"\n{name} step", *_memory(step), *_time(step), *_between(step)]
+        longest = ", of the longest bags" if report["shorter_bags"] else ""
+        lines += [f"\n{name} step{longest}", *_memory(step), *_time(step), *_between(step)]
+    if report["shorter_bags"]:
+        lines.append("\nbags vary in length; train steps of shorter ones, each a graph of its own")
+    for step in report["shorter_bags"]:
+        ms = "does not fit" if step["estimated_ms"] is None else f"{step['estimated_ms']:10.3f} ms estimated"
+        lines.append(f"  {step['slots']:,} slots a sample: {ms}, lower bound {step['lower_bound_ms']:.3f} ms")
     if "scaling" in report:
         lines += _scaling(report)
     return "\n".join(lines)

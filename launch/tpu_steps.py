@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dlrm_xla_data.bags import bucket_lengths
 from run_plan import make_plan
 from torch import Tensor, nn
 
@@ -37,7 +38,8 @@ DEAREST = 10
 class Traced:
     """One step of a model: its program, rows touched and large arrays on one chip, and what each argument is.
 
-    ``sparse`` are the titles of the stacks of sparse placement, which arguments' names begin with.
+    ``sparse`` are the titles of the stacks of sparse placement, which arguments' names begin with. ``slots`` is the
+    ids of a sample, padding among them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Traced:
     tables: list[Table]
     sparse: tuple[str, ...] = ()
     devices: int = 1
+    slots: int = 0
 
     def bytes_of(self, *kinds: str) -> int:
         """Bytes that arguments of these kinds take on one chip."""
@@ -69,7 +72,10 @@ def kind_of(name: str) -> str:
 
 
 def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
-    """The train and the forward step of a configuration, on shapes alone, and what replaced its tables."""
+    """The train and the forward step of a configuration, on shapes alone, and what replaced its tables.
+
+    Where bags vary in length these are steps of the longest; train steps of each shorter bucket follow.
+    """
     opened = open_device("xla")  # first, for it keeps torch_xla quiet about the CPU
     from dlrm_xla import xla_trace
 
@@ -98,20 +104,22 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
-    size, slots = config.batch_size, sum(lengths)
+    *shorter, longest = bucket_lengths(lengths) if config.synthetic_variable else [tuple(lengths)]
 
-    def batch() -> PackedBatch:
-        shapes = (((size, NUM_DENSE), torch.float32), ((size, slots), torch.int32), ((size,), torch.float32))
-        return PackedBatch(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)).sent(
-            device.send
-        )
+    def batch(bags: tuple[int, ...]) -> PackedBatch:
+        size = config.batch_size
+        shapes = (((size, NUM_DENSE), torch.float32), ((size, sum(bags)), torch.int32), ((size,), torch.float32))
+        dense_BI, ids_BS, labels_B = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
+        varying = bags if config.synthetic_variable else None
+        return steps.arranged(PackedBatch(dense_BI, ids_BS, labels_B, None, varying)).sent(device.send)
 
     sparse = tuple(title for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse")
     traced = []
-    for name, step, rate in (("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)):
+    train, forward = ("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)
+    for (name, step, rate), bags in [(train, longest), (forward, longest), *((train, bags) for bags in shorter)]:
         for counts in looked_up:
             counts.clear()
-        found = xla_trace.trace(step, name, [batch()], modules, state, rate, mesh)
+        found = xla_trace.trace(step, name, [batch(bags)], modules, state, rate, mesh)
         touched = [
             _touched(stack, -(-sum(counts) // num_chips), config)
             for stack, counts in zip(stacks, looked_up, strict=True)
@@ -126,9 +134,8 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             for a in found.arguments
             if a.name.startswith(("rows", "bags")) and math.prod(a.shape) >= 2**18
         ]
-        traced.append(
-            Traced(name, found.artifact, found.text, found.arguments, found.donated, touched, large, sparse, num_chips)
-        )
+        made = found.artifact, found.text, found.arguments, found.donated
+        traced.append(Traced(name, *made, touched, large, sparse, num_chips, sum(bags)))
     replaced = {p.name: p.plugin for p in plan.bags}
     return traced, {"plugins_of_tables": replaced, "embedding_bytes": sum(p.bytes for p in plan.bags)}
 
@@ -224,7 +231,9 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
     modelled = sum(c.seconds for c in costs if c.modelled)
     sent = exchanged(module, chip, slice)
     between = sum(c["ms"] for c in sent) / 1e3
-    largest_table = max((math.prod(t.dims) * 4 * traced.devices for t in traced.tables), default=0)
+    bytes_of_number = {a.name: a.dtype.itemsize for a in traced.arguments}
+    sizes = (math.prod(t.dims) * bytes_of_number[t.name] * traced.devices for t in traced.tables)
+    largest_table = max(sizes, default=0)
     largest = max((c["bytes"] for c in sent), default=0)
     flops = compiled.cost.get("flops", 0.0)
     bound = lower_bound(chip, traced.touched, read_bytes=read, written_bytes=written, flops=flops, training=training)

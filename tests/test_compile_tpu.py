@@ -4,16 +4,23 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import launch_script, needs_xla
+from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import hlo, step_cost, tpu_compile
+from dlrm_xla.batches import PackedBatch
 from dlrm_xla.collectives import collectives
 from dlrm_xla.config import resolve
 from dlrm_xla.errors import UserError
+from dlrm_xla.model import DLRM
+from dlrm_xla.serving import model_settings
 from dlrm_xla.tpu import CHIPS, lookup_seconds, storage_bytes
+from dlrm_xla.train import Steps
 
 needs_compiler = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("jax", "libtpu"))),
@@ -250,40 +257,56 @@ def small(**settings):
     return config
 
 
-@needs_xla
-@pytest.mark.parametrize("plugin", ["exact", "tensorly_tt", "quotient_remainder", "hash_embeddings"])
-def test_traced_on_shapes_is_what_a_step_runs(plugin):
-    """The same module, text for text, as from a model with rows and weights."""
-    from dataclasses import replace
+def tpu_steps():
+    return sys.modules[launch_script("compile_tpu").compile_step.__module__]
 
+
+def texts_of(config, lengths, batches):
+    """The modules of the train steps that a run with such batches records."""
     from dlrm_xla import xla_trace
-    from dlrm_xla.batches import PackedBatch
     from dlrm_xla.devices import open_device
-    from dlrm_xla.model import DLRM
-    from dlrm_xla.train import Steps
     from dlrm_xla.xla_steps import RecordedStep
-
-    tpu_steps = sys.modules[launch_script("compile_tpu").compile_step.__module__]
-    config = replace(small(plugin=plugin), synthetic_tables=[3000, 40, 2000], bottom=[8], top=[8])
-    (train, _), _ = tpu_steps.trace_steps(config)
 
     device = open_device("xla")
     device = replace(device, rows=device.planned)
-    plan = tpu_steps.make_plan(config, device, device.rows, None)
-    model = DLRM(13, plan.tables, plan.make_bags, bottom=config.bottom, top=config.top)
-    steps = Steps(model, [1] * 3, device, config)
-    batch = PackedBatch(torch.zeros(64, 13), torch.zeros(64, 3, dtype=torch.int32), torch.zeros(64))
-    batch = batch.sent(device.send)
+    plan = tpu_steps().make_plan(config, device, device.rows, None)
+    steps = Steps(DLRM(13, plan.tables, plan.make_bags, **model_settings(config)), lengths, device, config)
     texts = []
 
     def write(results):
         texts.append(xla_trace.plain_text(results))
 
-    RecordedStep(steps._train_step, "train").trace([batch], list(batch[:3]), {"rate": 1.0}, write)
+    for batch in batches:
+        sent = steps.arranged(batch).sent(device.send)
+        RecordedStep(steps._train_step, "train").trace([sent], list(sent[:3]), {"rate": 1.0}, write)
+    return texts
 
+
+@needs_xla
+def test_bags_that_vary_in_length_have_a_step_for_each_bucket():
+    tables, bags = [3000, 40, 2000], [6, 1, 3]
+    settings = {"synthetic_tables": tables, "synthetic_bags": bags, "bottom": [8], "top": [8]}
+    config = replace(small(), **settings, synthetic_variable=True)
+    (longest, forward, *shorter), _ = tpu_steps().trace_steps(config)
+    dataset, _ = synthesize(4000, tables, bags, 0, True)
+    batches = {batch.ids_BS.shape[1]: batch for batch in Loader(dataset, 64).batches("train")}
+    assert [step.slots for step in (forward, *shorter, longest)] == [10, *sorted(batches)]
+    # As trace_steps does, the longest first: arguments of a first trace are in another order.
+    traced = [longest, *shorter]
+    assert [step.text for step in traced] == texts_of(config, bags, [batches[step.slots] for step in traced])
+    assert [sum(t.rows for t in step.touched) for step in shorter] == [64 * step.slots for step in shorter]
+
+
+@needs_xla
+@pytest.mark.parametrize("plugin", ["exact", "tensorly_tt", "quotient_remainder", "hash_embeddings"])
+def test_traced_on_shapes_is_what_a_step_runs(plugin):
+    """The same module, text for text, as from a model with rows and weights."""
+    config = replace(small(plugin=plugin), synthetic_tables=[3000, 40, 2000], bottom=[8], top=[8])
+    (train, _), _ = tpu_steps().trace_steps(config)
+    batch = PackedBatch(torch.zeros(64, 13), torch.zeros(64, 3, dtype=torch.int32), torch.zeros(64))
     assert "index_select" not in train.text
     assert "stablehlo.scatter" in train.text
-    assert train.text == texts[0]
+    assert [train.text] == texts_of(config, [1] * 3, [batch])
     if plugin == "quotient_remainder":  # what bags do in turns is named after each, what they have looked up is not
         assert re.search(rb"bags\.0\.\d+/aten__remainder", train.artifact)
         assert re.search(rb"bags\.2 backward\.\d+/aten__mul", train.artifact)
@@ -293,21 +316,18 @@ def test_traced_on_shapes_is_what_a_step_runs(plugin):
 @needs_xla
 @pytest.mark.parametrize(("optimizer", "states"), [("sgd", 0), ("adagrad", 1), ("adam", 2)])
 def test_a_bound_does_not_grow_with_rows_that_are_not_touched(optimizer, states):
-    from dataclasses import replace
-
-    tpu_steps = sys.modules[launch_script("compile_tpu").compile_step.__module__]
     settings = {"row_optimizer": optimizer, "dense_optimizer": optimizer, "near_bytes": 0}
     found = []
     for rows in (4_000_000, 40_000_000):
         config = replace(small(**settings), synthetic_tables=[rows, 40, 2000], bottom=[8], top=[8])
-        train, forward = tpu_steps.trace_steps(config)[0]
-        found.append((tpu_steps.whole_bytes(train), tpu_steps.whole_bytes(forward)))
+        train, forward = tpu_steps().trace_steps(config)[0]
+        found.append((tpu_steps().whole_bytes(train), tpu_steps().whole_bytes(forward)))
     assert found[0] == found[1]
     (read, written), (forward_read, nothing) = found[0]
     parameters = sum(
         storage_bytes(a.shape, a.dtype)
         for a in train.arguments
-        if tpu_steps.kind_of(a.name) == "parameters" and a.donated and not a.name.startswith("rows0")
+        if tpu_steps().kind_of(a.name) == "parameters" and a.donated and not a.name.startswith("rows0")
     )
     assert (1 + states) * parameters <= written <= (1 + states) * parameters + 512 * len(train.arguments)
     assert nothing == 0
