@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import EVERY_DEVICE, ROOT, launch_script, needs_xla
+from conftest import ROOT, SLOW_BUT_ON_CPU, launch_script, needs_xla
 from safetensors.torch import load_file
 
 from dlrm_xla import checkpoint, tensor_file
@@ -81,7 +81,7 @@ def _bits(path):
     return {name: tensor.numpy(force=True).tobytes() for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("device", EVERY_DEVICE)
+@pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 @pytest.mark.parametrize("plugin", ["exact", "tensorly_tt:rank=2", "cce:rows=20"])  # the last rearranges its tables
 def test_a_run_that_goes_on_ends_in_the_same_bits(plugin, device, settings, tmp_path):
     if device == "cuda" and plugin != "exact":
@@ -378,6 +378,7 @@ def test_a_checkpoint_does_not_tell_how_rows_lay_in_lines(lanes, optimizer, tmp_
 
 
 @needs_xla
+@pytest.mark.slow
 def test_rows_in_bf16_are_the_same_in_lines_with_columns_left():
     """To the bit: an update is rounded by row and column, not by where they lie."""
     xla, tables = open_device("xla"), []

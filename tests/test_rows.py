@@ -223,7 +223,7 @@ def _stepper(model, store, device):
 
 DEVICES = [
     *EVERY_DEVICE,
-    *(pytest.param(d, marks=needs_xla) for d in ("xla-packed", "xla-wide", "xla-rounding")),
+    *(pytest.param(d, marks=[needs_xla, pytest.mark.slow]) for d in ("xla-packed", "xla-wide", "xla-rounding")),
 ]
 
 
@@ -302,7 +302,9 @@ def test_cudas_kernels_give_no_numbers_for_ids_without_a_row():
 @needs_xla
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS[1:])
-@pytest.mark.parametrize("device", ["xla", "xla-wide", "xla-as_tpu"])
+@pytest.mark.parametrize(
+    "device", [*(pytest.param(d, marks=pytest.mark.slow) for d in ("xla", "xla-wide")), "xla-as_tpu"]
+)
 def test_small_arrays_that_a_step_goes_through_equal_the_dense_twin(device, name, decay):
     near_bytes = (ROWS[1] + ROWS[2]) * DIM * 4  # all but the first table
     store = _equal_the_twin(_device(device), name, "sparse", decay, near_bytes)

@@ -34,7 +34,7 @@ REPORT = """device plugin preset seed epochs batch_size auc log_loss normalized_
     compiles fallbacks versions commit tables""".split()
 
 
-@pytest.mark.parametrize("device", EVERY_DEVICE)
+@pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 def test_a_run_writes_its_folder(device, tmp_path, capsys):
     out = tmp_path / "run"
     assert launcher.main([*QUICK, "--device", device, "--plugin", "tensorly_tt:rank=2", "--out", str(out)]) == 0

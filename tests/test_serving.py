@@ -83,8 +83,11 @@ def _inputs(batch):
     return dense, torch.from_numpy(np.concatenate(ids, 1).astype(np.int32))
 
 
-CHOSEN = ["exact", "tensorly_tt:rank=12", "hash_rows:rows=20+int8", "hot_cold+hash_rows:rows=9"]
-OTHERS = [*sorted(registry.installed()), "random_projection:dim=2", "pq:bits=3"]
+CHOSEN = ["exact", "hot_cold+hash_rows:rows=9"]
+OTHERS = [
+    *sorted(registry.installed()),
+    *("tensorly_tt:rank=12", "hash_rows:rows=20+int8", "random_projection:dim=2", "pq:bits=3"),
+]
 
 
 @needs_xla

@@ -16,7 +16,7 @@ from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.train import check_batch
 
-pytestmark = needs_xla
+pytestmark = [needs_xla, pytest.mark.slow]  # a process of four devices
 
 QUICK = ["exact/adagrad/128"]
 SLOW = [
@@ -109,7 +109,6 @@ def test_a_batch_that_chips_cannot_share_is_refused():
         check_batch(64, 8, 3)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_another_number_of_chips(tmp_path):
     """Six steps, then six more: on four chips and one, on one and four, as on one alone."""
     case = QUICK[0]
@@ -125,6 +124,5 @@ def test_a_checkpoint_goes_on_on_another_number_of_chips(tmp_path):
         assert other["logits"] == pytest.approx(alone["logits"], abs=1e-3)
 
 
-@pytest.mark.slow
 def test_every_optimizer_and_more_plugins_train_on_four_chips_as_on_one():
     agree(SLOW, 50)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_DEVICE, needs_xla
+from conftest import EVERY_DEVICE, SLOW_BUT_ON_CPU, needs_xla
 
 from dlrm_xla import checkpoint
 from dlrm_xla.batches import PackedBatch, arranged, unpack
@@ -81,7 +81,7 @@ def test_ids_of_bags_of_varying_length_are_checked_by_their_lengths(slot, value,
 
 
 @pytest.mark.parametrize("device", EVERY_DEVICE)
-@pytest.mark.parametrize("spec", ["exact", "quotient_remainder"])
+@pytest.mark.parametrize("spec", ["exact", pytest.param("quotient_remainder", marks=pytest.mark.slow)])
 def test_accumulated_parts_of_a_batch_make_the_step_of_the_whole(device, spec):
     results = []
     for parts in (1, 4):
@@ -120,7 +120,7 @@ def test_the_interaction_of_a_bf16_run_has_gradients_near_those_of_fp32():
     torch.testing.assert_close(*gradients, atol=0.02 * gradients[0].abs().max().item(), rtol=0.1)
 
 
-@pytest.mark.parametrize("device", EVERY_DEVICE)
+@pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 def test_plugins_own_parameters_have_a_rate_of_their_own(device):
     changes = []
     for rate in (0.0, 0.01):
@@ -172,7 +172,14 @@ def test_a_device_multiplies_longer_codebooks_where_ids_are_few(batch_size, rows
 
 
 @needs_xla
-@pytest.mark.parametrize("spec", ["tensorly_tt:rank=2", "tensorly_tt:rank=40", "tensorly_cp", "tensorly_tucker", "cce"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "tensorly_tt:rank=2",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("tensorly_tt:rank=40", "tensorly_cp", "cce")),
+        "tensorly_tucker",
+    ],
+)
 def test_a_step_on_xla_that_multiplies_codebooks_is_that_of_a_cpu_that_gathers(spec):
     found = []
     for device, rows in (("cpu", 0), ("xla", 10_000)):

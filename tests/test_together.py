@@ -34,7 +34,11 @@ SPECS = [
     "hot_cold:hot=5+tensorly_tt:rank=2",
     "hash_embeddings:rows=20+quotient_remainder",
 ]
-DEVICES = ["cpu", *(pytest.param(d, marks=needs_xla) for d in ("xla", "xla-packed"))]
+DEVICES = [
+    "cpu",
+    pytest.param("xla", marks=needs_xla),
+    pytest.param("xla-packed", marks=[needs_xla, pytest.mark.slow]),
+]
 
 
 class Bags(nn.Module):
