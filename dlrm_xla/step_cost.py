@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from dlrm_xla.hlo import Array, Executed, Module, Operation
 from dlrm_xla.tpu import (
     SCATTER_WINDOW_BYTES,
     Chip,
+    blocks_seconds,
     lookup_seconds,
     near_lookup_seconds,
     near_update_seconds,
@@ -59,7 +61,8 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     """Time of an operation that the compiler gives no count.
 
     A gather or scatter of lines: `dlrm_xla.tpu.lookup_seconds` and `update_seconds` in HBM, `near_lookup_seconds` and
-    `near_update_seconds` on the chip, or what moves beside them where that takes longer; a sort: `sort_seconds`.
+    `near_update_seconds` on the chip, or what moves beside them where that takes longer; of blocks, which have more
+    than one dimension: `blocks_seconds`; a sort: `sort_seconds`.
     Any other: bytes in HBM over its bandwidth, or bytes on the chip at one vector register per cycle. Latency is not in
     it; neither is overlap.
     """
@@ -67,11 +70,14 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     kinds = module.inside(operation)
     operands, results = module.operands(operation), operation.results
     if part := next((p for kind in ("scatter", "gather") for p in module.parts(operation) if p.kind == kind), None):
-        array = _array(module, operation, part)
-        # A map from ids to rows is of integers too; ids may be more than what a small table holds.
-        integers = [a for a in operands if a.dtype in ("s32", "u32")]
-        rows = max((a.numbers for a in [a for a in integers if a is not array] or integers), default=0)
-        width = array.dims[-1] if len(array.dims) > 1 else 1
+        array, (rows, block) = _array(module, operation, part), _slices(module, part)
+        if len(block) > 1:
+            size = rows * storage_bytes(block)
+            of_array = (1 + (part.kind == "scatter")) * size * (array.space == 0)
+            others = [a for a in (*operands, *results) if a.dims != array.dims]
+            hbm = of_array + sum(size for a in others if a.space == 0 and a.numbers == rows * math.prod(block))
+            return executed.times * blocks_seconds(chip, rows, block, hbm)
+        width = block[0] if block else 1
         moved = sum(a.bytes for a in (*operands, *results) if a.space == 0) / chip.hbm_bytes_per_second
         if part.kind == "gather":
             near = near_lookup_seconds(chip, rows, width)
@@ -96,6 +102,19 @@ def modelled_seconds(module: Module, executed: Executed, chip: Chip) -> float:
     hbm = sum(a.bytes for a in arrays if a.space == 0)
     chip_bytes = sum(a.bytes for a in arrays if a.space)
     return executed.times * max(hbm / chip.hbm_bytes_per_second, chip_bytes / REGISTER_BYTES / 2 / chip.clock_hz)
+
+
+def _slices(module: Module, part: Operation) -> tuple[int, tuple[int, ...]]:
+    """How many slices a gather or scatter reads or writes, and their dimensions longer than 1."""
+    if part.kind == "gather":
+        moved = part.results[0]
+        found = re.search(r"slice_sizes=\{([\d,]*)\}", part.line)
+        dims = [int(n) for n in found[1].split(",") if n] if found else []
+    else:  # arrays, ids, and as many updates as arrays
+        moved = module.operands(part)[len(part.operands) // 2 + 1]
+        found = re.search(r"update_window_dims=\{([\d,]*)\}", part.line)
+        dims = [moved.dims[int(n)] for n in found[1].split(",") if n] if found else []
+    return moved.numbers // math.prod(dims), tuple(n for n in dims if n > 1)
 
 
 def _array(module: Module, operation: Operation, part: Operation) -> Array:

@@ -187,31 +187,38 @@ def row_bytes(dim: int) -> int:
 class Touched:
     """Rows of one width that a step looks up and updates.
 
-    ``rows`` ids, ``states`` arrays of an optimizer as wide as the rows, ``row_states`` with one number a row.
+    ``rows`` ids, ``states`` arrays of an optimizer as wide as the rows, ``row_states`` with one number a row;
+    ``array_bytes`` and ``row_state_bytes`` those of the whole arrays, which a step need not move more than once.
     """
 
     rows: int
     dim: int
     states: int = 0
     row_states: int = 0
+    array_bytes: float = math.inf
+    row_state_bytes: float = math.inf
 
     @property
-    def forward_bytes(self) -> int:
-        """One reading of each row."""
-        return self.rows * row_bytes(self.dim)
+    def forward_bytes(self) -> float:
+        """One reading of each row, or of the array."""
+        return min(self.rows * row_bytes(self.dim), self.array_bytes)
 
     @property
-    def step_bytes(self) -> int:
-        """Each row read for the forward step, read and written by the update; state read and written."""
-        update = 2 * (1 + self.states) * row_bytes(self.dim) + 2 * self.row_states * LINE_BYTES
-        return self.forward_bytes + self.rows * update
+    def step_bytes(self) -> float:
+        """Each row read for the forward step, read and written by the update; state read and written.
+
+        Where that is less, arrays are read and written whole, the rows' once for both.
+        """
+        rows = min(3 * self.rows * row_bytes(self.dim), 2 * self.array_bytes)
+        states = 2 * self.states * min(self.rows * row_bytes(self.dim), self.array_bytes)
+        return rows + states + 2 * self.row_states * min(self.rows * LINE_BYTES, self.row_state_bytes)
 
 
 @dataclass(frozen=True)
 class LowerBound:
     """The least that a step moves and multiplies, and the time of the slower of the two; they may overlap fully."""
 
-    bytes: int
+    bytes: float
     flops: float
     memory_seconds: float
     matrix_seconds: float
@@ -235,8 +242,9 @@ def lower_bound(
 
     Besides the rows touched ``read_bytes`` are read once, those of the batch and of dense parameters and their state,
     and ``written_bytes`` of them written once. ``flops`` are those of products of matrices, 2 per multiplication and
-    addition, at the bf16 peak, which is what a TPU gives float32 factors at default precision. Nothing else costs time:
-    not the sorting of ids, the interaction's layout, or vector work.
+    addition, at the bf16 peak, which is what a TPU gives float32 factors at default precision; where they are the
+    compiler's, those of the program as it is written, one-hot products among them. Nothing else costs time: not the
+    sorting of ids, the interaction's layout, or vector work.
     """
     moved = sum(t.step_bytes if training else t.forward_bytes for t in touched) + read_bytes + written_bytes
     return LowerBound(moved, flops, moved / chip.hbm_bytes_per_second, flops / chip.bf16_flops)
@@ -252,6 +260,7 @@ _UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
 # which are brought there and sorted first (the sort is an operation of its own). Two TensorCores share v4 and v5p. Of
 # TPU7x the figures are those of v6e, but for 6.2 bundles of small updates.
 _NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 1.9, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
+_NEAR_LINE_CYCLES = 1.2  # of further lines: 351 columns of 2,048 numbers issue 1.19 a line on v5e and v6e
 _NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 6.2}
 _NEAR_SORTED_UPDATE_CYCLES = {"v4": 11.3, "v5e": 8.8, "v5p": 8.8, "v6e": 8.3, "tpu7x": 8.3}
 # A kernel that scatters brings an array of up to so many bytes whole to the chip, by itself; of a larger one windows.
@@ -268,13 +277,29 @@ def lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
 
 def near_lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
     """XLA's gather from a table in the chip's own memory: bundles issued for each line."""
-    return rows * -(-dim // 128) * _NEAR_LOOKUP_CYCLES[chip.name] / chip.clock_hz
+    cycles = _NEAR_LOOKUP_CYCLES[chip.name]
+    further = min(cycles, _NEAR_LINE_CYCLES) * (row_bytes(dim) // LINE_BYTES - 1)
+    return rows * (cycles + further) / chip.clock_hz
 
 
 def near_update_seconds(chip: Chip, rows: int, width: int, *, is_sorted: bool) -> float:
     """XLA's scatter into a table in the chip's own memory: bundles issued for each line, its ids sorted or not."""
     cycles = (_NEAR_SORTED_UPDATE_CYCLES if is_sorted else _NEAR_UPDATE_CYCLES)[chip.name]
     return rows * -(-width // 128) * cycles / chip.clock_hz
+
+
+# Bundles of each block and of each vector register (8 x 128 numbers of 32 bits) of it: gathers and scatters of blocks
+# of 12 and 128 registers on five chips issue 89 to 118 and 160 to 448 (libtpu 0.0.42; launch/tpu_theory.py).
+_BLOCK_CYCLES, _REGISTER_CYCLES = 80, 2.0
+
+
+def blocks_seconds(chip: Chip, blocks: int, shape: Sequence[int], hbm_bytes: int) -> float:
+    """XLA's gather or scatter of blocks of two dimensions or more, each one copy of whole tiles.
+
+    The slower of issuing them and of ``hbm_bytes``, what moves from and to HBM.
+    """
+    issued = blocks * (_BLOCK_CYCLES + _REGISTER_CYCLES * storage_bytes(shape) / (SUBLANES * LINE_BYTES))
+    return max(issued / chip.clock_hz, hbm_bytes / chip.hbm_bytes_per_second)
 
 
 def sort_seconds(chip: Chip, numbers: int) -> float:

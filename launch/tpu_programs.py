@@ -138,6 +138,11 @@ def compile_stablehlo(chip: Chip, artifact: bytes) -> dict[str, Any]:
     }
 
 
+def _slots_after(bundles: Sequence[str]) -> int:
+    """How many bundles behind a branch are issued before it is taken: up to four, to where its region ends."""
+    return next((k for k, bundle in enumerate(bundles) if "End region" in bundle), 0)
+
+
 def read_kernel(path: Path, chip: Chip) -> Kernel:
     """Reads a kernel's final bundles."""
     text = path.read_text()
@@ -150,10 +155,11 @@ def read_kernel(path: Path, chip: Chip) -> Kernel:
             bundles[-1] += "\n" + line
     starts = {region: i for i, bundle in enumerate(bundles) for region in re.findall(r"Start region (\d+)", bundle)}
     loops = []
-    for end, bundle in enumerate(bundles):
+    for branch, bundle in enumerate(bundles):
         for region in re.findall(r"sbr\.rel[^$]*target = \$region(\d+)", bundle):
             start = starts.get(region, len(bundles))
-            if start <= end:
+            if start <= branch:
+                end = branch + _slots_after(bundles[branch : branch + 5])
                 body = "\n".join(bundles[start : end + 1])
                 turns = re.findall(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test", body)
                 loops.append((start, end, int(turns[-1]) if turns else None))

@@ -20,7 +20,7 @@ from dlrm_xla.collectives import collectives
 from dlrm_xla.config import Config
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
-from dlrm_xla.row_rules import RULES
+from dlrm_xla.row_optim import StackOptimizer
 from dlrm_xla.rows import RowStack
 from dlrm_xla.serving import model_settings
 from dlrm_xla.shapes import shapes_alone
@@ -39,7 +39,7 @@ class Traced:
     """One step of a model: its program, rows touched and large arrays on one chip, and what each argument is.
 
     ``sparse`` are the titles of the stacks of sparse placement, which arguments' names begin with. ``slots`` is the
-    ids of a sample, padding among them.
+    ids of a sample, padding among them; ``empty_bytes`` what lines of rows and states have beside them, on one chip.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Traced:
     sparse: tuple[str, ...] = ()
     devices: int = 1
     slots: int = 0
+    empty_bytes: int = 0
 
     def bytes_of(self, *kinds: str) -> int:
         """Bytes that arguments of these kinds take on one chip."""
@@ -121,8 +122,9 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             counts.clear()
         found = xla_trace.trace(step, name, [batch(bags)], modules, state, rate, mesh)
         touched = [
-            _touched(stack, -(-sum(counts) // num_chips), config)
-            for stack, counts in zip(stacks, looked_up, strict=True)
+            _touched(stack, optimizer, -(-sum(counts) // num_chips), num_chips)
+            for stack, optimizer, counts in zip(stacks, optimizers, looked_up, strict=True)
+            if stack.placement == "sparse"  # others are read and written whole
         ]
         passed = {
             f"{title}.rows"
@@ -135,7 +137,9 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             if a.name.startswith(("rows", "bags")) and math.prod(a.shape) >= 2**18
         ]
         made = found.artifact, found.text, found.arguments, found.donated
-        traced.append(Traced(name, *made, touched, large, sparse, num_chips, sum(bags)))
+        of_step = optimizers if name == "train" else [None] * len(stacks)
+        empty = sum(_empty_bytes(stack, optimizer, num_chips) for stack, optimizer in zip(stacks, of_step, strict=True))
+        traced.append(Traced(name, *made, touched, large, sparse, num_chips, sum(bags), empty))
     replaced = {p.name: p.plugin for p in plan.bags}
     return traced, {"plugins_of_tables": replaced, "embedding_bytes": sum(p.bytes for p in plan.bags)}
 
@@ -163,10 +167,22 @@ def _counted(stack: RowStack) -> list[int]:
     return counts
 
 
-def _touched(stack: RowStack, ids: int, config: Config) -> Touched:
-    kinds = RULES[config.row_optimizer].states
-    rows = ids if stack.placement == "sparse" else min(ids, stack.num_rows)
-    return Touched(rows, stack.dim, kinds.count("element"), kinds.count("row"))
+def _touched(stack: RowStack, optimizer: StackOptimizer, ids: int, num_chips: int) -> Touched:
+    kinds = optimizer.rule.states
+    # States may be of another type than rows; bytes are of the larger.
+    size = max(
+        storage_bytes(array.shape, array.dtype) for array in (stack.rows, *optimizer.states()) if array.dim() > 1
+    )
+    numbers = sum(storage_bytes(state.shape, state.dtype) for state in optimizer.states() if state.dim() == 1)
+    return Touched(ids, stack.dim, kinds.count("element"), kinds.count("row"), size // num_chips, numbers // num_chips)
+
+
+def _empty_bytes(stack: RowStack, optimizer: StackOptimizer | None, num_chips: int) -> int:
+    """Bytes of a stack's arrays on one chip that belong to no row."""
+    chips = num_chips if stack.placement == "sparse" else 1
+    arrays = [stack.rows, *(optimizer.states() if optimizer else [])]
+    used = [stack.num_rows * (stack.dim if array.dim() > 1 else 1) for array in arrays]
+    return sum((a.numel() - n) * a.element_size() for a, n in zip(arrays, used, strict=True)) // chips
 
 
 def compile_step(traced: Traced, chip: Chip, slice: Slice, cache: Path | None, say: Callable[[str], None]) -> Compiled:
@@ -190,7 +206,8 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
         "parameter_bytes": traced.bytes_of("parameters"),
         "optimizer_bytes": traced.bytes_of("optimizer"),
         "batch_bytes": traced.bytes_of("batch"),
-        "unpadded_bytes": sum(math.prod(traced.on_one(a)) * a.dtype.itemsize for a in traced.arguments),
+        "unpadded_bytes": sum(math.prod(traced.on_one(a)) * a.dtype.itemsize for a in traced.arguments)
+        - traced.empty_bytes,
         "modelled_argument_bytes": traced.bytes_of("parameters", "optimizer", "batch", "other"),
         "hbm_bytes": chip.hbm_bytes,
     }

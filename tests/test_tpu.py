@@ -62,6 +62,9 @@ def test_lower_bound_by_hand():
     adagrad = tpu.Touched(10, 200, row_states=1)
     assert adagrad.step_bytes == 10 * (3 * 1024 + 2 * 512)
     assert tpu.Touched(10, 200, states=2).step_bytes == 10 * 7 * 1024
+    small = tpu.Touched(10_000, 16, states=1, row_states=1, array_bytes=512_000, row_state_bytes=4_096)
+    assert small.forward_bytes == 512_000  # moved whole, that is less
+    assert small.step_bytes == 2 * 512_000 + 2 * 512_000 + 2 * 4_096
 
 
 def test_slices_and_their_exchanges_by_hand():
@@ -107,16 +110,20 @@ def test_bundles_are_counted_as_often_as_their_loops_turn(tmp_path, monkeypatch)
 strides: (1, 1, 1) */ }
    0x3   : > { %9 = shalt.err (!%p1) /* BoundsCheck for %4 = dma.hbm_to_vmem /*size_in_granules=*/16 */ }
    0x4   : > { %p8 = scmp.ge.s32.totalorder %s11, 417 /* loop exit test */ }
-   0x5   :  { %10 = sbr.rel (!%p8) target = $region5 }
-   0x6   :  {} /* End region 4 */
+   0x5   : > { %10 = sbr.rel (!%p8) target = $region5 }
+   0x6   : > { %12 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s7, /*size_in_granules=*/16, /*vmem=*/%s8 }
+   0x7   :  {}
+   0x8   :  {}
+   0x9   :  {} /* End region 5 */
+   0xa   :  { %13 = vsyncpa [#a], 1 }
 """
     )
     kernel = read_kernel(path, tpu.find_chip("v5e"))
     assert kernel.name == "gather_fusion"
-    assert kernel.loops == [(5, 417)]
-    assert kernel.issued == 2 + 5 * 417
-    assert kernel.copies == {"hbm_to_vmem": 417}
-    assert kernel.copied_bytes == {"hbm_to_vmem": 417 * 512}
+    assert kernel.loops == [(9, 417)]  # a branch is taken four bundles later
+    assert kernel.issued == 2 + 9 * 417
+    assert kernel.copies == {"hbm_to_vmem": 2 * 417}
+    assert kernel.copied_bytes == {"hbm_to_vmem": 2 * 417 * 512}
 
 
 def test_the_kernel_updates_the_lines_counted_and_no_other():
