@@ -39,6 +39,15 @@ def store(model: nn.Module, served: dict[nn.Module, nn.Module] | None = None) ->
             store(module, served)
 
 
+def _freeze(module: nn.Module) -> None:
+    """Makes parameters buffers: as parameters they want gradients again in what torch loads."""
+    buffers = {parameter: parameter.detach() for parameter in module.parameters()}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, buffers[parameter])
+
+
 def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> list[str]:
     """Writes `model.pt2` for any batch size, `stablehlo/` for ``batch`` samples, and `interface.json`; returns names.
 
@@ -55,7 +64,7 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
         return torch.zeros(samples, described["num_dense"]), torch.zeros(samples, width, dtype=torch.int32)
 
     store(scorer)
-    scorer = scorer.eval().requires_grad_(False)
+    _freeze(scorer.eval())
     size = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad():

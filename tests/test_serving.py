@@ -111,6 +111,7 @@ def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
     for batch, probabilities in expected.items():
         torch.testing.assert_close(program(*_inputs(batch)), probabilities, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(program(dense, beyond), program(dense, ids), atol=0, rtol=0)
+    assert not program(dense, ids).requires_grad
     stablehlo = StableHLOGraphModule.load(str(tmp_path / "stablehlo"))
     found = torch.as_tensor(np.asarray(stablehlo(*_inputs(6)).cpu()))
     torch.testing.assert_close(found, expected[6], atol=1e-6, rtol=1e-5)
