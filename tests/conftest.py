@@ -1,15 +1,19 @@
 import gc
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from dlrm_xla.config import resolve
 from dlrm_xla.xla_device import open_xla_first
 
 # a package of its own, tested as installed by test_example_plugin.py
@@ -80,6 +84,22 @@ def criteo_line(rng: np.random.Generator, label: int | None = None) -> str:
     fields += ["" if rng.random() < 0.1 else str(rng.integers(-2, 500)) for _ in range(13)]
     fields += ["" if rng.random() < 0.1 else f"{rng.zipf(1.5) % 1000 * 2654435761 % 2**32:08x}" for _ in range(26)]
     return "\t".join(fields)
+
+
+def made_up_run(folder: Path, auc: float, replaced: int = 0, **settings: Any) -> Path:
+    """The folder of a run that was never trained: what a study reads of it, with these figures and settings."""
+    folder.mkdir(parents=True)
+    config, origins = resolve(settings, None)
+    named = {name: {"value": getattr(config, name), "origin": origin} for name, origin in origins.items()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(named))
+    report = {key: getattr(config, key) for key in ("device", "plugin", "preset", "seed", "epochs", "batch_size")}
+    report |= {"auc": auc, "log_loss": 1.25 - auc, "validation_log_loss": 1.25 - auc, "interrupted": False}
+    report |= {"embedding_bytes": 500, "exact_embedding_bytes": 1000, "compression_ratio": 2.0, "steps": 300}
+    report |= {"train_samples_per_second": 1000.0, "step_ms_median": 50.0, "versions": {"torch": "2.9.0"}}
+    report |= {"commit": "abc", "data": {"rows": "a"}, "tables_with_plugin": replaced}
+    report["tables"] = [{"rows": 100, "padded": 1, "optimizer": 2, "gradient": 3}]
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
 
 
 @pytest.fixture

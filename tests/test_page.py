@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import launch_script
+from conftest import launch_script, made_up_run
 
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")
@@ -17,7 +17,7 @@ pytest.importorskip("jinja2")
 from dlrm_xla_studies import choice, page, statistics
 from dlrm_xla_studies.families import exponents, growth, timed
 from dlrm_xla_studies.figures import pareto
-from dlrm_xla_studies.results import SETTINGS
+from dlrm_xla_studies.results import SETTINGS, frame, read_run
 from scipy import stats
 
 from dlrm_xla.config import Config
@@ -95,6 +95,26 @@ def test_what_does_not_compare_is_refused(column, value, words):
     runs.loc[len(runs) - 1, column] = value
     with pytest.raises(UserError, match=words):
         page.html(runs, "mixed")
+
+
+def test_exact_tables_of_which_some_are_replaced_are_no_reference(tmp_path):
+    rows, single = [], {"C1": "hash_rows:rows=60", "C2": "hash_rows:rows=60", "C3": "exact"}
+    for seed in range(2):
+        for k, (auc, replaced, tables) in enumerate(
+            [(0.75, 0, {}), (0.76 + 0.001 * seed, 2, single), (0.74, 0, {"C4": "int4"})]
+        ):
+            folder = made_up_run(tmp_path / f"{k}-{seed}", auc, replaced, seed=seed, tables=tables)
+            rows.append(read_run(folder) | {"cell": str(k)})
+        rows.append(read_run(made_up_run(tmp_path / f"plugin-{seed}", 0.73, 3, seed=seed, plugin="hash_rows")))
+    table = frame(rows)
+    mixed = "exact with hash_rows:rows=60 for C1, C2"
+    assert table["plugin"].tolist()[:4] == ["exact", mixed, "exact", "hash_rows"]  # tables of which none was replaced
+    found = statistics.summary(table).set_index("plugin")
+    assert found.loc[mixed, "auc_change"] == pytest.approx(0.0105)
+    assert found.loc["hash_rows", "auc_change"] == pytest.approx(-0.02)
+    text = page.html(table, "mixed")
+    assert f"<code>{mixed}" in text
+    assert "several plugins" in text
 
 
 def test_every_setting_that_changes_a_result_tells_runs_apart():

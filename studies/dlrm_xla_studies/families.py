@@ -13,11 +13,18 @@ from scipy import stats
 from dlrm_xla.registry import EXACT, installed
 
 TRAINING = "training"
+# Stands in the label of a run between its plugin and those of single tables.
+MIXED = " with "
 
 
 @functools.cache
 def family(plugin: str) -> str:
-    """The module that brings the outermost plugin of a composition; its own name where it is not installed."""
+    """The module that brings the outermost plugin of a composition; its own name where it is not installed.
+
+    Tables of several plugins are a family of their own.
+    """
+    if MIXED in plugin:
+        return "several plugins"
     name = plugin.partition("+")[0].partition(":")[0]
     if name == EXACT:
         return EXACT

@@ -12,7 +12,9 @@ from typing import Any
 import pandas as pd
 
 from dlrm_xla.config import Config
+from dlrm_xla.registry import EXACT
 from dlrm_xla.run_folder import read_finished
+from dlrm_xla_studies.families import MIXED
 from dlrm_xla_studies.grid import Cell
 from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
 
@@ -34,6 +36,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     report, plain, trained = read_finished(folder)
     tables = report.pop("tables", [])
     row = {key: value for key, value in report.items() if not isinstance(value, dict | list)}
+    row["plugin"] = label(report["plugin"], plain.get("tables", {}), report["tables_with_plugin"])
     row["training_bytes"] = trained
     row["table_rows"] = sum(t.get("rows", 0) for t in tables)
     # A setting that an older version did not have was as it is by default.
@@ -48,6 +51,20 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _flat(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def label(plugin: str, single: Mapping[str, str], replaced: int) -> str:
+    """What a run is called: its plugin, and after MIXED the tables that another one is given for.
+
+    ``replaced`` is how many tables a plugin replaced: where none was, all are exact, whatever was asked for them.
+    """
+    others: dict[str, list[str]] = {}
+    for table, plugin_of_table in single.items():
+        if plugin_of_table != plugin:
+            others.setdefault(plugin_of_table, []).append(table)
+    if not others or (plugin == EXACT and not replaced):
+        return plugin
+    return plugin + MIXED + "; ".join(f"{one} for {', '.join(tables)}" for one, tables in others.items())
 
 
 def rows_of(cell: Cell, folder: Path) -> list[dict[str, Any]]:
