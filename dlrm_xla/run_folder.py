@@ -98,7 +98,10 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         unfinished = self.path / f"{name}.unfinished"
-        unfinished.write_text(text)
+        with unfinished.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine may keep the new name and lose the text
         os.replace(unfinished, self.path / name)
 
     def plot(self, title: str, base_rate_log_loss: float, best_reachable_auc: float | None) -> None:
@@ -161,12 +164,15 @@ class NoRunFolder:
 def read_finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """A finished run's report, its settings, and the bytes that training its tables took; a UserError if it is none."""
     try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "report.json").read_text())
         settings = yaml.safe_load((folder / "config.yaml").read_text())
     except OSError as error:
         raise UserError(f"{folder} is no finished run: {error.strerror} {error.filename}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: cannot read its report or config: {error}") from error
+    for name, read in (("report.json", report), ("config.yaml", settings)):
+        if not isinstance(read, dict):
+            raise UserError(f"{folder / name} is damaged: it holds no names with values. Run it again.")
     plain = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
     trained = sum(t["padded"] + t["optimizer"] + t["gradient"] for t in report.get("tables", []))
     return report, plain, trained

@@ -241,6 +241,8 @@ def is_finished(folder: Path, config: Config, outcome: Outcome, total: int) -> b
         report = json.loads((folder / "report.json").read_text())
     except (OSError, ValueError):
         return False
+    if not isinstance(report, dict):
+        return False
     return bool(report.get("steps") == outcome.steps and not report.get("interrupted"))
 
 

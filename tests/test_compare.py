@@ -99,6 +99,14 @@ def test_runs_that_do_not_compare_are_refused(run_folder, capsys, changes, words
     assert re.search(words, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("file", "text"), [("config.yaml", ""), ("config.yaml", "[]"), ("report.json", "[]")])
+def test_a_damaged_run_is_named(run_folder, capsys, file, text):
+    folder = run_folder("a", 0, 0.75)
+    (folder / file).write_text(text)
+    assert compare.main([str(folder)]) == 2
+    assert f"{folder / file} is damaged" in capsys.readouterr().err
+
+
 def test_what_is_no_run_is_named(tmp_path, capsys):
     assert compare.main([str(tmp_path)]) == 2
     assert "is no finished run" in capsys.readouterr().err
