@@ -34,6 +34,8 @@ def _work(job: dict[str, Any]) -> NoReturn:
         lock = os.open(job["lock"], os.O_RDWR | os.O_CREAT) if job["lock"] else None
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)

@@ -1,6 +1,8 @@
 """Studies: files read and refused, cells run, resumed and recorded."""
 
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,13 +12,16 @@ import time
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, launch_script
+from conftest import ROOT, launch_script, made_up_run
 
 pytest.importorskip("optuna")
 pytest.importorskip("scipy")
 
-from dlrm_xla_studies import grid
+from dlrm_xla_studies import conduct, feasible, figures, grid, results, runner
+from dlrm_xla_studies.feasible import Forecast
+from dlrm_xla_studies.progress import Estimate
 from dlrm_xla_studies.results import TIMES
+from dlrm_xla_studies.runner import FINISHED, Runner, Stopped, folder_of, state_of
 from dlrm_xla_studies.spec import read_study
 from dlrm_xla_studies.stages import Stages
 from dlrm_xla_studies.tuning import tune
@@ -185,11 +190,217 @@ tuning: {trials: 2, search: {row_lr: [0.01, 0.5]}}
             return {"status": "failed"}
 
     cells = grid.cells(study)
-    stages = Stages(study, tmp_path, cells, {cell.id: None for cell in cells})
+    stages = Stages(study, tmp_path, cells, {cell.id: Forecast() for cell in cells})
     stages.run(Runs())
     plugins = [cell.settings["plugin"] for cell in stages.known.values()]
     assert plugins == 2 * [p for plugin in ("hash_rows", "robe", "dhe") for p in (plugin, plugin)]
     assert [bool(cell.trial) for cell in stages.known.values()] == 6 * [False] + 6 * [True]
+
+
+def test_cells_that_differ_in_how_they_are_written_are_one(study_file):
+    text = """
+settings: {preset: small}
+runs:
+  - {plugin: hash_rows, ratio: 10}
+  - {plugin: hash_rows, ratio: [10.0, 20], seed: 0, epochs: 1, data_cache: ''}
+tuning: {trials: 2, search: {row_lr: [0.01, 0.5]}}
+"""
+    study = read_study(study_file(text), FLAGS)
+    cells = grid.cells(study)
+    assert [cell.settings["ratio"] for cell in cells] == [10, 20]
+    first = {"device": "cpu", "plugin": "hash_rows", "seed": 0, "preset": "small", "ratio": 10}
+    assert cells[0].id == grid.Cell("run", first).id  # that of folders that there are
+    decided = grid.cells(read_study(study_file(text.replace("epochs: 1", "row_lr: 0.02")), FLAGS))
+    assert len(decided) == 3  # what is to be tuned is not yet the preset's
+
+
+def test_cells_that_differ_in_what_changes_no_result_are_refused_with_their_lines(study_file):
+    text = "runs:\n  - {plugin: exact}\n  - {plugin: exact, seed: [1, 0], log_every: 10}\n"
+    with pytest.raises(
+        UserError, match=r"small.yaml:3: exact cpu seed 0 has the same results as in line 2, .*log_every"
+    ):
+        grid.cells(read_study(study_file(text), FLAGS))
+
+
+def test_titles_name_what_tells_cells_apart(study_file):
+    text = """
+settings: {batch_size: 64, epochs: 2}
+runs:
+  - {plugin: exact, dense_lr: [0.1, 0.2]}
+  - {plugin: exact, tables: [{C1: int4, C2: int8}], bottom: [8, 4]}
+tuning: {trials: 2, search: {row_lr: [0.01, 0.5]}}
+"""
+    study = read_study(study_file(text), FLAGS)
+    cells = grid.cells(study)
+    assert [cell.title for cell in cells] == [
+        "exact batch 64 cpu dense lr 0.1 seed 0",
+        "exact batch 64 cpu dense lr 0.2 seed 0",
+        "exact batch 64 cpu tables C1=int4,C2=int8 bottom 8-4 seed 0",
+    ]
+    trials = []
+    tune(cells[0], study.tuning, lambda trial: trials.append(trial) or 0.5)
+    assert trials[0].title == "exact batch 64 cpu dense lr 0.1 row lr 0.02 seed 0"
+
+
+class MadeUp:
+    """Runs nothing: makes up what a cell would have come to."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def job(self, work, cell, forecast):
+        return work
+
+    def all(self, jobs):
+        for work in jobs:
+            work()
+
+    def one(self, cell):
+        folder = folder_of(self.out, cell)
+        if not folder.exists():
+            made_up_run(folder / "run", 0.75 + cell.settings.get("row_lr", 0) / 10, **cell.settings)
+            (folder / "state.json").write_text(json.dumps({"status": "finished", "seconds": 9.0, "attempts": 1}))
+        return state_of(self.out, cell)
+
+
+@pytest.fixture
+def finished(study_file, tmp_path, monkeypatch):
+    """A study of which all cells have finished: file, folder, and cells."""
+    text = """
+memory: 1GB
+runs:
+  - {plugin: exact, row_lr: 0.3, seed: [0, 1]}
+  - {plugin: hash_rows, ratio: [2, 4, 8], seed: [0, 1], data: rows.tsv}
+tuning: {trials: 3, search: {row_lr: [0.01, 0.5]}}
+"""
+    path = study_file(text)
+    study, out = read_study(path, FLAGS), tmp_path / "o"
+    cells = grid.cells(study)
+    stages = Stages(study, out, cells, {cell.id: Forecast() for cell in cells})
+    stages.run(MadeUp(out))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "saved", lambda *_: "")  # which takes seconds for each
+    return path, out, list(stages.known.values())
+
+
+@pytest.mark.parametrize("flags", [[], ["--report-only"]])
+def test_what_has_finished_stays_in_the_results_though_it_can_run_no_more(finished, capsys, monkeypatch, flags):
+    path, out, known = finished
+    assert len(known) == 2 + 6 + 3
+    planned = []
+
+    def plan(cells, workers):
+        planned.extend(cells)
+        return [{"memory": 1e15 if cell.settings["plugin"] == "exact" else 1e9} for cell in cells]
+
+    monkeypatch.setattr(feasible, "_planned", plan)
+    assert launch_script("study").main([str(path), "--out", str(out), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "8 of 8 cells finished, 0 failed" in said
+    assert "skipped" not in said
+    assert bool(planned) == (not flags)
+    assert set(pd.read_parquet(out / "results.parquet")["cell"]) == {cell.id for cell in known}
+
+
+def test_tuning_is_found_again_where_other_ratios_can_run_by_now(finished):
+    path, out, known = finished
+    study = read_study(path, FLAGS)
+    cells = grid.cells(study)
+    lost = {cell.id: Forecast("too large" if cell.settings.get("ratio") in (2, 4) else "") for cell in cells}
+    stages = Stages(study, out, cells, lost)
+    assert [cell.id for cell in stages.known.values()] == [cell.id for cell in known]
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.yaml", ""), ("config.yaml", "[]"), ("report.json", "[]")])
+def test_a_damaged_cell_is_named_and_the_others_get_their_page(finished, capsys, file, text):
+    path, out, known = finished
+    bad = known[0]
+    (folder_of(out, bad) / "run" / file).write_text(text)
+    assert launch_script("study").main([str(path), "--out", str(out), "--report-only"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(rf"damaged: {re.escape(bad.title)}: .*{re.escape(str(folder_of(out, bad)))}.*{file}", said)
+    assert "7 of 8 cells finished" in said
+    assert len(pd.read_parquet(out / "results.parquet")) == len(known) - 1
+    assert (out / "report.html").exists()
+    command = Runner(out, None, 1, 1, 1e9, None)._prepare(bad, folder_of(out, bad))
+    assert ("--resume" in command) == (file == "report.json")  # no settings, no way to go on
+
+
+def test_a_damaged_cache_of_plans_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(feasible, "_planned", lambda cells, workers: [{"memory": 5.0} for _ in cells])
+    cell = grid.Cell("run", {"plugin": "exact"})
+    for text in ('{"[', "[]", '{"a": {"other": 1}}'):
+        (tmp_path / "plans.json").write_text(text)
+        assert feasible.forecasts([cell], tmp_path, None, 1e9)[cell.id].memory == 5.0
+        assert len(json.loads((tmp_path / "plans.json").read_text())) == 1
+
+
+def test_a_study_may_be_read_from_its_own_folder(finished, capsys):
+    path, out, _ = finished
+    (out / "small.yaml").write_text(path.read_text())
+    for name in ("small.yaml", "study.yaml"):
+        assert launch_script("study").main([str(out / name), "--out", str(out), "--report-only"]) == 0
+    assert (out / "study.yaml").read_text() == path.read_text()
+
+
+def test_what_the_disk_refuses_is_said_in_a_line(study_file, tmp_path, capsys, monkeypatch):
+    path = study_file("runs: [{plugin: exact}]\n")
+    study = launch_script("study")
+    assert study.main([str(path), "--out", str(path / "o")]) == 2
+    assert f"cannot write the study's folder {path / 'o'}: Not a directory" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conduct, "conduct", full)
+    assert study.main([str(path), "--out", str(tmp_path / "o")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_call_that_outlived_its_study_is_waited_for_and_taken_over(tmp_path, capsys, monkeypatch):
+    cell = grid.Cell("run", {"plugin": "exact", "seed": 0})
+    folder = folder_of(tmp_path, cell)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"status": "running", "seconds": 4.0, "attempts": 1}))
+    ended = []
+
+    class NoWorkers:
+        def signal(self, number):
+            pass
+
+    def run(after_a_while):
+        tries = []
+
+        def taken(lock):
+            tries.append(lock)
+            if len(tries) == 3:
+                after_a_while()
+            return is_taken(lock)
+
+        monkeypatch.setattr(runner, "_taken", taken)
+        made = Runner(tmp_path, NoWorkers(), 1, 1, 1e10, lambda cell, state: ended.append(state))
+        made.all([made.job(lambda: made.one(cell), cell, Forecast())])
+
+    is_taken = runner._taken
+    with (folder / "lock").open("w") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Stopped):
+            run(lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert capsys.readouterr().err.count("a call of a study that was killed, process 4711") == 1
+
+        def end():
+            made_up_run(folder / "run", 0.75, seed=0)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        run(end)
+    assert [(state["status"], state["seconds"]) for state in ended] == [(FINISHED, 0.0)]
+    table = results.table("small", tmp_path, [cell], {cell.id: ended[0]})
+    assert table["seconds"].tolist() == [300 * 50 / 1000]  # of its own report
+    estimate = Estimate()
+    estimate.learn(cell, Forecast(), ended[0]["seconds"])
+    assert estimate.seconds(cell, Forecast()) == Forecast().seconds
 
 
 STUDY = {

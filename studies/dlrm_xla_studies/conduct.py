@@ -15,7 +15,7 @@ from dlrm_xla_studies import grid, results
 from dlrm_xla_studies.feasible import Forecast, forecasts
 from dlrm_xla_studies.grid import Cell
 from dlrm_xla_studies.progress import Estimate, Progress, minutes
-from dlrm_xla_studies.runner import FAILED, FINISHED, Runner, Stopped, folder_of, only_one, state_of
+from dlrm_xla_studies.runner import DAMAGED, FAILED, FINISHED, Runner, Stopped, folder_of, only_one, state_of
 from dlrm_xla_studies.spec import Study
 from dlrm_xla_studies.stages import Stages
 from dlrm_xla_studies.workers import Workers
@@ -36,30 +36,34 @@ def conduct(study: Study, out: Path, launch: Path, wishes: Wishes) -> int:
     with ExitStack() as held:
         if not wishes.dry_run:
             held.enter_context(only_one(out))
+            _keep(study.path, out / "study.yaml")
+            if wishes.report_only:
+                stages = Stages(study, out, cells, {cell.id: Forecast() for cell in cells})
+                return _finish(study, out, stages, stopped=False)
         slots = max(1, wishes.cores // study.threads)
         workers = held.enter_context(Workers(launch, slots, study.threads))
         found = forecasts(cells, out, workers, study.memory)
-        possible = [cell for cell in cells if not found[cell.id].reason]
-        for reason, names in _by_reason(cells, found).items():
+        stages = Stages(study, out, cells, found)
+        ids = {cell.id for cell in stages.cells}
+        for reason, names in _by_reason([cell for cell in cells if cell.id not in ids], found).items():
             print(f"skipped: {', '.join(sorted(names))}: {reason}")
-        if not possible:
+        if not stages.cells:
             raise UserError(f"no cell of {study.path} can run, for the reasons above")
-        stages = Stages(study, out, possible, found)
         estimate = Estimate()
-        states = {cell.id: state_of(out, cell) for cell in possible}
-        for cell in possible:
-            if states[cell.id]["status"] == FINISHED:
+        states = {cell.id: state_of(out, stages.settled(cell) or cell) for cell in stages.cells}
+        for cell in stages.cells:
+            if states[cell.id]["status"] == FINISHED and not found[cell.id].reason:
                 estimate.learn(cell, found[cell.id], states[cell.id]["seconds"])
         if wishes.dry_run:
-            _print_grid(study, possible, states, stages, estimate, slots)
+            _print_grid(study, stages.cells, states, stages, estimate, slots)
             return 0
-        shutil.copyfile(study.path, out / "study.yaml")
-        if wishes.report_only:
-            stages.look()
-            return _finish(study, out, stages, stopped=False)
-        # Cells that wait for tuning have no id of their own yet; a look at the trials that have finished gives it.
-        stages.look()
         return _finish(study, out, stages, stopped=_run(study, out, workers, stages, estimate, slots, wishes))
+
+
+def _keep(given: Path, kept: Path) -> None:
+    """Copies the study file into the study's folder, which may be where it was read."""
+    if not (kept.exists() and kept.samefile(given)):
+        shutil.copyfile(given, kept)
 
 
 def _run(
@@ -71,9 +75,12 @@ def _run(
     tried = sum(state_of(out, cell)["status"] in ended for cell in trials)
     settled = [cell for cell in stages.known.values() if not cell.trial]
     waiting = [cell for cell in settled if state_of(out, cell)["status"] not in ended]
-    untuned = len(stages.cells) - len(settled)
-    print(f"{len(settled) - len(waiting)} of {len(stages.cells)} cells have ended already")
-    progress = Progress(estimate, stages, waiting, len(stages.trial_places()) - tried, untuned, slots)
+    for cell in stages.known.values():
+        if (state := state_of(out, cell))["status"] == DAMAGED:
+            print(f"damaged: {cell.title}: {state['error']} It runs again now.")
+    total = len(settled) + len(stages.untuned())
+    print(f"{len(settled) - len(waiting)} of {total} cells have ended already")
+    progress = Progress(estimate, stages, waiting, len(stages.trial_places()) - tried, slots)
     runner = Runner(
         out, workers, wishes.cores, study.threads, study.memory, lambda c, s: progress.done(c, s, results.told(out, c)),
         wishes.retry_failed,
@@ -93,9 +100,12 @@ def _finish(study: Study, out: Path, stages: Stages, stopped: bool) -> int:
     table = results.write(study.name, out, known, states)
     counts = Counter(states[cell.id]["status"] for cell in known if not cell.trial)
     for cell in known:
-        if states[cell.id]["status"] == FAILED:
+        status = states[cell.id]["status"]
+        if status == FAILED:
             print(f"failed: {cell.title}: {states[cell.id]['error']}  ({folder_of(out, cell) / 'log.txt'})")
-    print(f"{counts[FINISHED]} of {len(stages.cells)} cells finished, {counts[FAILED]} failed")
+        if status == DAMAGED:
+            print(f"damaged: {cell.title}: {states[cell.id]['error']}. The next run of the study runs it again.")
+    print(f"{counts[FINISHED]} of {counts.total() + len(stages.untuned())} cells finished, {counts[FAILED]} failed")
     print(f"table: {out / results.TABLE}")
     if stopped:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -104,7 +114,7 @@ def _finish(study: Study, out: Path, stages: Stages, stopped: bool) -> int:
         from dlrm_xla_studies import page
 
         print(f"page:  {page.write(table, out, study.name, study.question)}")
-    return 1 if counts[FAILED] else 0
+    return 1 if counts[FAILED] or counts[DAMAGED] else 0
 
 
 def _by_reason(cells: Sequence[Cell], found: Mapping[str, Forecast]) -> dict[str, set[str]]:

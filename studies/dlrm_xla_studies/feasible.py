@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,31 @@ def forecasts(cells: Sequence[Cell], folder: Path, workers: Workers, memory: flo
     """Forecast of each cell by its id. Plans are made once and kept in the study's folder, refusals are not."""
     lost = {cell.id: missing_data(cell.settings) for cell in cells}
     file = folder / "plans.json"
-    known: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    known = _kept(file)
     new = {plan_key(c): c for c in cells if not lost[c.id] and plan_key(c) not in known}
     if new:
-        known |= dict(zip(new, _planned(list(new.values()), workers), strict=True))
+        known |= {k: Forecast(**v) for k, v in zip(new, _planned(list(new.values()), workers), strict=True)}
         if folder.exists():
             unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps({k: v for k, v in known.items() if "reason" not in v}, indent=1) + "\n")
+            kept = {k: asdict(v) for k, v in known.items() if not v.reason}
+            unfinished.write_text(json.dumps(kept, indent=1) + "\n")
             os.replace(unfinished, file)
     found = {}
     for cell in cells:
-        forecast = Forecast(lost[cell.id]) if lost[cell.id] else Forecast(**known[plan_key(cell)])
+        forecast = Forecast(lost[cell.id]) if lost[cell.id] else known[plan_key(cell)]
         if not forecast.reason and forecast.memory > memory:
             reason = f"needs {forecast.memory / 1e9:.1f} GB, and the study may take {memory / 1e9:.1f} GB (memory:)"
             forecast = Forecast(reason)
         found[cell.id] = forecast
     return found
+
+
+def _kept(file: Path) -> dict[str, Forecast]:
+    """The plans of a study's folder; none where they cannot be read, and all are made anew."""
+    try:
+        return {key: Forecast(**plan) for key, plan in json.loads(file.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _planned(cells: Sequence[Cell], workers: Workers) -> list[dict[str, Any]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dlrm_xla.config import Config, resolve
+from dlrm_xla.errors import UserError
 from dlrm_xla_studies.spec import Block, Study, Tool
 
 SCRIPTS: dict[Tool, str] = {"run": "run", "compile": "compile_tpu", "bench": "bench"}
@@ -18,16 +21,23 @@ SCRIPTS: dict[Tool, str] = {"run": "run", "compile": "compile_tpu", "bench": "be
 _NAMED = ("plugin", "ratio", "preset", "device", "batch_size", "min_count", "chip", "what", "rows", "seed")
 # What a method's cells may differ in.
 _NOT_OF_METHOD = ("ratio", "seed")
+# What every title names.
+_IN_TITLE = ("plugin", "ratio", "min_count", "batch_size", "rows", "batch", "dim", "what", "preset", "chip", "device",
+             "seed")  # fmt: skip
+# Settings that say what is written where and when; they change no result.
+OF_FILES = ("out", "data_cache", "row_files", "log_every", "save_every", "save_minutes", "keep_checkpoints",
+            "rank_patience")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One call of a tool; ``trial`` says that it belongs to a method's tuning."""
+    """One call of a tool; ``trial``: it belongs to a method's tuning; ``told``: settings that its title names too."""
 
     tool: Tool
     settings: Mapping[str, Any]
     trial: str = ""
     tuned: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,9 +55,10 @@ class Cell:
         parts = [str(self.settings.get("plugin", "exact" if self.tool == "run" else ""))]
         if self.settings.get("ratio"):
             parts.append(f"{self.settings['ratio']:g}x")
-        told = {"min_count": "min count", "batch_size": "batch", "rows": "rows", "batch": "batch", "dim": "dim"}
-        parts += [f"{words} {self.settings[key]}" for key, words in told.items() if key in self.settings]
+        sizes = {"min_count": "min count", "batch_size": "batch", "rows": "rows", "batch": "batch", "dim": "dim"}
+        parts += [f"{words} {self.settings[key]}" for key, words in sizes.items() if key in self.settings]
         parts += [str(self.settings[key]) for key in ("what", "preset", "chip", "device") if key in self.settings]
+        parts += told(self.settings, self.told)
         parts += [f"seed {self.settings['seed']}"] if "seed" in self.settings else []
         return " ".join(filter(None, [{"run": "", "compile": "compile", "bench": "bench"}[self.tool], *parts]))
 
@@ -56,6 +67,22 @@ class Cell:
         """The device that it occupies alone, or '' for the CPU, whose cores are shared."""
         device = str(self.settings.get("device", "cpu"))
         return "tpu compiler" if self.tool == "compile" else "" if device == "cpu" else device
+
+    def key(self, left_out: Collection[str] = ()) -> str:
+        """The same for cells whose settings are the same, however they are written: 10 or 10.0, a default or nothing.
+
+        What is to be tuned has no value yet.
+        """
+        given = {k: float(v) if type(v) is int else v for k, v in self.settings.items()}
+        if self.tool == "run":
+            defaults = _defaults(str(self.settings.get("preset", Config().preset)))
+            given = defaults | {k: float(v) if isinstance(defaults[k], float) else v for k, v in self.settings.items()}
+        compared = {k: v for k, v in given.items() if k not in left_out}
+        return json.dumps([self.tool, self.trial, self.tuned, compared], sort_keys=True)
+
+    def result_key(self) -> str:
+        """The same for cells whose results are."""
+        return self.key(OF_FILES)
 
     def method(self) -> str:
         """What is tuned as one: all settings but the ratio, the seed and those to tune."""
@@ -79,6 +106,17 @@ class Cell:
         return folder / "run" / "report.json" if self.tool == "run" else folder / "report.json"
 
 
+@functools.cache
+def _defaults(preset: str) -> dict[str, Any]:
+    return asdict(resolve({"preset": preset}, None)[0])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _flag(key: str, value: Any) -> list[str]:
     name = f"--{key.replace('_', '-')}"
     if isinstance(value, bool):
@@ -87,8 +125,44 @@ def _flag(key: str, value: Any) -> list[str]:
 
 
 def cells(study: Study) -> list[Cell]:
-    """All cells in the order of the file, the last field of a block fastest; of equal cells, one."""
-    return list({cell.id: cell for block in study.blocks for cell in _block_cells(study, block)}.values())
+    """All cells in the order of the file, the last field of a block fastest; of equal cells, the first.
+
+    Cells are equal where their settings are, however they are written. Raises UserError where two differ in nothing but
+    `OF_FILES`.
+    """
+    found: dict[str, Cell] = {}
+    results: dict[str, tuple[str, int]] = {}
+    for block in study.blocks:
+        for cell in _block_cells(study, block):
+            key = cell.key()
+            other, line = results.setdefault(cell.result_key(), (key, block.line))
+            if other != key:
+                raise UserError(
+                    f"{study.path}:{block.line}: {cell.title} has the same results as in line {line}, for they differ "
+                    f"in nothing but {', '.join(OF_FILES)}: leave one of the two out"
+                )
+            found.setdefault(key, cell)
+    return _titled(list(found.values()))
+
+
+def differing(group: Collection[Mapping[str, Any]]) -> list[str]:
+    """The settings that are not the same in all."""
+    names = dict.fromkeys(name for settings in group for name in settings)
+    return [name for name in names if len({str(settings.get(name)) for settings in group}) > 1]
+
+
+def told(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Settings of these names in words."""
+    return [f"{name.replace('_', ' ')} {_short(settings[name])}" for name in names if name in settings]
+
+
+def _titled(found: Sequence[Cell]) -> list[Cell]:
+    """The cells with titles that tell them apart: of each tool, the settings that are not the same in all its cells."""
+    names: dict[Tool, tuple[str, ...]] = {}
+    for tool in SCRIPTS:
+        group = [cell.settings for cell in found if cell.tool == tool]
+        names[tool] = tuple(name for name in differing(group) if name not in _IN_TITLE)
+    return [replace(cell, told=names[cell.tool]) for cell in found]
 
 
 def _block_cells(study: Study, block: Block) -> Iterator[Cell]:

@@ -31,7 +31,9 @@ class Estimate:
         self._seen: dict[tuple[str, ...], tuple[float, float]] = {}
 
     def learn(self, cell: Cell, forecast: Forecast, seconds: float) -> None:
-        """A cell finished after so many seconds."""
+        """A cell finished after so many seconds; 0 where nobody knows, of which nothing is learned."""
+        if not seconds:
+            return
         for key in _keys(cell):
             guessed, took = self._seen.get(key, (0.0, 0.0))
             self._seen[key] = guessed + forecast.seconds, took + seconds
@@ -62,17 +64,15 @@ def _keys(cell: Cell) -> list[tuple[str, ...]]:
 class Progress:
     """Counts cells down on standard error; thread-safe."""
 
-    def __init__(
-        self, estimate: Estimate, stages: Stages, waiting: Sequence[Cell], trials: int, untuned: int, slots: int
-    ) -> None:
+    def __init__(self, estimate: Estimate, stages: Stages, waiting: Sequence[Cell], trials: int, slots: int) -> None:
         self.estimate, self.stages, self.slots = estimate, stages, slots
         self.waiting = {cell.id: cell for cell in waiting}
         # Trials and cells whose settings are not known yet.
         self.trials = stages.trial_places()[:trials]
-        self.untuned = [cell for cell in stages.cells if cell.tuned][:untuned]
+        self.untuned = stages.untuned()
         self._lock = threading.Lock()
         self._bar = tqdm(
-            total=len(waiting) + trials + untuned,
+            total=len(waiting) + trials + len(self.untuned),
             unit="run",
             file=sys.stderr,
             bar_format="{n_fmt} of {total_fmt} |{bar:20}| {elapsed} so far{postfix}",
@@ -92,7 +92,8 @@ class Progress:
             self._bar.n += 1
             what = figures if state["status"] == "finished" else f"{state['status']}: {state.get('error', '')}"
             trial = "trial: " if cell.trial else ""
-            tqdm.write(f"{trial}{cell.title:<58} {what}  ({minutes(state['seconds'])})", file=sys.stdout)
+            took = minutes(state["seconds"]) if state["seconds"] else "in a call of a study that was killed"
+            tqdm.write(f"{trial}{cell.title:<58} {what}  ({took})", file=sys.stdout)
             sys.stdout.flush()
             self._told()
 

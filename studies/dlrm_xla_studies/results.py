@@ -15,16 +15,14 @@ from dlrm_xla.config import Config
 from dlrm_xla.registry import EXACT
 from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.families import MIXED
-from dlrm_xla_studies.grid import Cell
+from dlrm_xla_studies.grid import OF_FILES, Cell
 from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
 
 TABLE = "results.parquet"
-# Settings that a report has itself, and those that say what is written where and when.
+# Settings that a report has itself.
 _IN_REPORT = ("plugin", "device", "preset", "batch_size", "epochs", "seed", "data")
-_OF_FILES = ("out", "data_cache", "row_files", "log_every", "save_every", "save_minutes", "keep_checkpoints",
-             "rank_patience")  # fmt: skip
 # All others tell runs apart.
-SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _IN_REPORT + _OF_FILES)
+SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _IN_REPORT + OF_FILES)
 # What an undisturbed study and one that was killed and resumed agree in.
 TIMES = ("train_samples_per_second", "step_ms_median", "seconds", "attempts", "ms_median", "ms_min", "gb_per_s",
          "share_of_copy", "ratio_to_best_other", "ratio_to_1M", "ratio_to_exact", "folder", "compiles",
@@ -95,9 +93,22 @@ def table(name: str, out: Path, cells: Sequence[Cell], states: Mapping[str, Mapp
     for cell in cells:
         state = states[cell.id]
         if state["status"] == FINISHED:
-            extra = {"study": name, "cell": cell.id, "seconds": state["seconds"], "attempts": state["attempts"]}
-            rows += [{**extra, **row} for row in rows_of(cell, folder_of(out, cell))]
+            extra = {
+                "study": name,
+                "cell": cell.id,
+                "trial": cell.trial or None,
+                "seconds": state["seconds"],
+                "attempts": state["attempts"],
+            }
+            for row in rows_of(cell, folder_of(out, cell)):
+                known = {} if state["seconds"] else {"seconds": _seconds_of_steps(row)}
+                rows.append({**extra, **row, **known})
     return frame(rows)
+
+
+def _seconds_of_steps(row: Mapping[str, Any]) -> float | None:
+    """What the steps of a run took, by its own report, where nobody measured the call."""
+    return row["steps"] * row["step_ms_median"] / 1000 if row["step_ms_median"] else None
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -7,6 +7,7 @@ report is whole; then it is never run again. A run that stopped goes on by `laun
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -18,16 +19,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from dlrm_xla.errors import UserError
+from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.feasible import Forecast
 from dlrm_xla_studies.grid import Cell
 from dlrm_xla_studies.workers import Workers
 
-FINISHED, FAILED, INTERRUPTED, WAITING = "finished", "failed", "interrupted", "waiting"
+FINISHED, FAILED, INTERRUPTED, WAITING, DAMAGED = "finished", "failed", "interrupted", "waiting", "damaged"
+RUNNING = "running"
 
 
 class Stopped(Exception):
@@ -40,16 +43,18 @@ def folder_of(study: Path, cell: Cell) -> Path:
 
 
 def whole_report(cell: Cell, folder: Path) -> Any:
-    """The tool's report, or None where it is not there or says that it was interrupted."""
+    """The tool's report, or None where it is not there, cannot be read or says that it was interrupted."""
     try:
         report = json.loads(cell.report(folder).read_text())
     except (OSError, ValueError):
+        return None
+    if not isinstance(report, list if cell.tool == "bench" else dict):
         return None
     return None if isinstance(report, dict) and report.get("interrupted") else report
 
 
 def state_of(study: Path, cell: Cell) -> dict[str, Any]:
-    """``status``, ``error``, ``seconds`` and ``attempts`` of a cell, whoever ran it."""
+    """``status``, ``error``, ``seconds`` (0: unknown) and ``attempts`` of a cell, whoever ran it."""
     folder = folder_of(study, cell)
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -57,9 +62,32 @@ def state_of(study: Path, cell: Cell) -> dict[str, Any]:
         state = {"status": INTERRUPTED if (folder / "run").exists() else WAITING, "seconds": 0.0, "attempts": 0}
     # bench.py writes its report row by row: only its exit says that it is whole.
     ended = cell.tool == "run" or state["status"] == FINISHED
-    if ended and whole_report(cell, folder) is not None:
-        return state | {"status": FINISHED}
-    return state | {"status": INTERRUPTED} if state["status"] in (FINISHED, "running") else state
+    if ended and cell.report(folder).exists():
+        if damage := _damage(cell, folder):
+            return state | {"status": DAMAGED, "error": damage}
+        if whole_report(cell, folder) is not None:
+            # Of a call that outlived its study nobody measured the time.
+            return state | {"status": FINISHED} | ({"seconds": 0.0} if state["status"] == RUNNING else {})
+    return state | {"status": INTERRUPTED} if state["status"] in (FINISHED, RUNNING) else state
+
+
+def _damage(cell: Cell, folder: Path) -> str:
+    """Why what a cell ended with cannot be read, '' where it can. It is written in one piece: no kill leaves it so."""
+    report = cell.report(folder)
+    if cell.tool != "run":
+        return f"{report} is damaged" if whole_report(cell, folder) is None else ""
+    files = (report, report.with_name("config.yaml"))
+    return _damage_of_run(report.parent, tuple(file.stat().st_mtime_ns for file in files if file.exists()))
+
+
+@functools.cache
+def _damage_of_run(folder: Path, changed: tuple[int, ...]) -> str:
+    """The same of a run, read once for each time that it changed: YAML takes 10 ms."""
+    try:
+        read_finished(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -148,15 +176,13 @@ class Runner:
         folder = folder_of(self.study, cell)
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / "lock"
-        with lock.open("w") as held:
-            # A call holds its lock as long as it lives: where a study was killed and its call lives on, this waits.
-            fcntl.flock(held, fcntl.LOCK_EX)
+        self._wait_for(lock, cell)
         state = state_of(self.study, cell)
         if state["status"] == FINISHED:
             return state
         script, *arguments = self._prepare(cell, folder)
         attempts = state["attempts"] + 1
-        self._write(folder, {"status": "running", "seconds": state["seconds"], "attempts": attempts})
+        self._write(folder, {"status": RUNNING, "seconds": state["seconds"], "attempts": attempts})
         began = time.monotonic()
         code = self.workers.call(Path(script).stem, arguments, folder / "log.txt", lock)
         seconds = state["seconds"] + time.monotonic() - began
@@ -164,12 +190,28 @@ class Runner:
         self._write(folder, state)
         return state
 
+    def _wait_for(self, lock: Path, cell: Cell) -> None:
+        """Returns once no call holds a cell's lock: where a study was killed, its calls live on."""
+        told = False
+        with lock.open("a+") as held:
+            while not _taken(held):
+                if self._signals:
+                    raise Stopped
+                if not told:
+                    held.seek(0)
+                    print(
+                        f"{cell.title} waits for a call of a study that was killed, process {held.read() or 'unknown'}",
+                        file=sys.stderr,
+                    )
+                told = True
+                time.sleep(0.2)
+
     def _prepare(self, cell: Cell, folder: Path) -> list[str]:
         """The command, after removing what cannot be gone on with."""
         if cell.tool != "run":
             return cell.command(folder)
         run = folder / "run"
-        if (run / "config.yaml").exists():
+        if _is_mapping(run / "config.yaml"):
             return ["run", "--resume", str(run)]
         if run.exists():
             shutil.rmtree(run)
@@ -196,10 +238,29 @@ class Runner:
         os.replace(unfinished, folder / "state.json")
 
 
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_mapping(file: Path) -> bool:
+    """Whether a YAML file has settings: a crash of the machine can leave an empty one."""
+    try:
+        return isinstance(yaml.safe_load(file.read_text()), dict)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
 @contextmanager
 def only_one(study: Path) -> Iterator[None]:
     """Holds a study's folder; raises UserError where another process does."""
-    study.mkdir(parents=True, exist_ok=True)
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the study's folder {study}: {error.strerror}. Choose another --out.") from error
     with (study / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

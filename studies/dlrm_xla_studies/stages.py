@@ -10,75 +10,118 @@ from typing import Any
 from dlrm_xla_studies import grid
 from dlrm_xla_studies.feasible import Forecast
 from dlrm_xla_studies.grid import Cell
-from dlrm_xla_studies.runner import FINISHED, Runner, Stopped, folder_of, state_of, whole_report
+from dlrm_xla_studies.runner import FAILED, FINISHED, Runner, Stopped, folder_of, state_of, whole_report
 from dlrm_xla_studies.spec import Study
 from dlrm_xla_studies.tuning import tune
 
 
 class Stages:
-    """``known`` are the calls that the study has come to so far, trials too, by id; ``forecasts`` cover them."""
+    """Of a grid's cells ``cells`` are those that can run or have finished, whatever their forecast says by now.
+
+    ``known`` are the calls that the study has come to so far, trials too, by id; ``forecasts`` cover them.
+    """
 
     def __init__(self, study: Study, out: Path, cells: Sequence[Cell], forecasts: Mapping[str, Forecast]) -> None:
-        self.study, self.out, self.cells, self.forecasts = study, out, list(cells), dict(forecasts)
-        self.known = {cell.id: cell for cell in cells if not cell.tuned}
-        tuning = study.tuning
-        groups = grid.methods(cells) if tuning else {}
-        self.groups = {m: (grid.trial_place(group, tuning.seed), group) for m, group in groups.items() if tuning}
-        for place, group in self.groups.values():
-            same_size = [c for c in group if c.settings.get("ratio") == place.settings.get("ratio")]
-            self.forecasts[place.id] = self.forecasts[same_size[0].id]
+        self.study, self.out, self.forecasts = study, out, dict(forecasts)
+        self.known: dict[str, Cell] = {}
+        # By method: the cell that its trials are made at, and what they found once all have ended.
+        self.places: dict[str, Cell] = {}
+        self.found: dict[str, dict[str, float]] = {}
+        for method, group in (grid.methods(cells) if study.tuning else {}).items():
+            self._look(method, group)
+        self.cells = [cell for cell in cells if not self.forecasts[cell.id].reason or self._has_finished(cell)]
+        self._settle()
 
     def trial_places(self) -> list[Cell]:
         """A stand-in for each trial, to estimate by."""
         tuning = self.study.tuning
-        return [place for place, _ in self.groups.values() for _ in range(tuning.trials if tuning else 0)]
+        return [place for place in self.places.values() for _ in range(tuning.trials if tuning else 0)]
+
+    def settled(self, cell: Cell) -> Cell | None:
+        """A cell of the grid with what tuning found for it; None before it did."""
+        if not cell.tuned:
+            return cell
+        values = self.found.get(cell.method())
+        return None if values is None else cell.with_tuned(values)
+
+    def untuned(self) -> list[Cell]:
+        """The cells that wait for tuning."""
+        return [cell for cell in self.cells if self.settled(cell) is None]
 
     def run(self, runner: Runner) -> None:
         """Does both stages; raises Stopped where it was asked to."""
-        found: dict[str, dict[str, float]] = {}
 
         def tune_one(method: str, place: Cell) -> None:
-            found[method] = self._tune(place, runner.one)
+            def run(trial: Cell) -> dict[str, Any]:
+                self._add_trial(trial, place)
+                return runner.one(trial)
+
+            self.found[method] = self._tune(place, run)
 
         runner.all(
             [
                 runner.job(partial(tune_one, method, place), place, self.forecasts[place.id])
-                for method, (place, _) in self.groups.items()
+                for method, place in self.places.items()
+                if not self.forecasts[place.id].reason
             ]
         )
-        self._settle(found)
+        self._settle()
         runner.all(
             [
                 runner.job(partial(_ignore_state, runner.one, cell), cell, self.forecasts[cell.id])
                 for cell in self.known.values()
-                if not cell.trial
+                if not cell.trial and not self.forecasts[cell.id].reason
             ]
         )
 
-    def look(self) -> None:
-        """Finds out, running nothing, what both stages have come to."""
+    def _look(self, method: str, group: Sequence[Cell]) -> None:
+        """Finds out, running nothing, where a method's trials are made and what they have come to.
 
-        def finished(cell: Cell) -> dict[str, Any]:
-            state = state_of(self.out, cell)
-            if state["status"] != FINISHED:
+        They are where they have ended already, though another ratio would be chosen now: which ones can run changes.
+        """
+        tuning = self.study.tuning
+        assert tuning
+        able = [cell for cell in group if not self.forecasts[cell.id].reason]
+        usual = grid.trial_place(able or group, tuning.seed)
+        places = {place.id: place for place in (usual, *(grid.trial_place([cell], tuning.seed) for cell in group))}
+        seen = {id: self._seen(place) for id, place in places.items()}
+        ended = [id for id, (_, values) in seen.items() if values is not None]
+        if not ended and not able:
+            return
+        place = places[ended[0] if ended else usual.id]
+        same_size = [cell for cell in group if cell.settings.get("ratio") == place.settings.get("ratio")]
+        self.places[method], self.forecasts[place.id] = place, self.forecasts[same_size[0].id]
+        trials, values = seen[place.id]
+        for trial in trials:
+            self._add_trial(trial, place)
+        if values is not None:
+            self.found[method] = values
+
+    def _seen(self, place: Cell) -> tuple[list[Cell], dict[str, float] | None]:
+        """The trials at a place up to the first that has not ended, and what they found where all have."""
+        trials: list[Cell] = []
+
+        def look(trial: Cell) -> dict[str, Any]:
+            trials.append(trial)
+            state = state_of(self.out, trial)
+            if state["status"] not in (FINISHED, FAILED):
                 raise Stopped
             return state
 
-        found = {}
-        for method, (place, _) in self.groups.items():
-            try:
-                found[method] = self._tune(place, finished)
-            except Stopped:
-                continue
-        self._settle(found)
+        try:
+            return trials, self._tune(place, look)
+        except Stopped:
+            return trials, None
+
+    def _add_trial(self, trial: Cell, place: Cell) -> None:
+        self.known[trial.id] = trial
+        self.forecasts[trial.id] = self.forecasts[place.id]
 
     def _tune(self, place: Cell, run: Callable[[Cell], dict[str, Any]]) -> dict[str, float]:
         tuning = self.study.tuning
         assert tuning
 
         def loss_of(trial: Cell) -> float | None:
-            self.known[trial.id] = trial
-            self.forecasts[trial.id] = self.forecasts[place.id]
             if run(trial)["status"] != FINISHED:
                 return None
             report = whole_report(trial, folder_of(self.out, trial))
@@ -87,26 +130,26 @@ class Stages:
 
         return tune(place, tuning, loss_of)
 
-    def _settle(self, found: Mapping[str, Mapping[str, float]]) -> None:
+    def _has_finished(self, cell: Cell) -> bool:
+        settled = self.settled(cell)
+        return settled is not None and state_of(self.out, settled)["status"] == FINISHED
+
+    def _settle(self) -> None:
         """Gives the cells what was found for their methods; cells, and trials by their method, in the grid's order.
 
-        Trials came in the order in which methods, several at once, asked for them.
+        Trials came in the order in which methods, several at once, asked for them. A cell may be given what another
+        has: they are one.
         """
-        tuning = self.study.tuning
-        methods = list(self.groups)
+        methods = list(self.places)
         trials = {id: cell for id, cell in self.known.items() if cell.trial}
         trials = dict(sorted(trials.items(), key=lambda item: methods.index(item[1].trial)))
-        self.known = {}
+        different: dict[str, Cell] = {}
         for cell in self.cells:
-            if cell.tuned and tuning:
-                method = cell.method()
-                if method not in found:
-                    continue
-                settled = cell.with_tuned(found[method])
+            settled = self.settled(cell)
+            if settled is not None:
                 self.forecasts[settled.id] = self.forecasts[cell.id]
-                cell = settled
-            self.known[cell.id] = cell
-        self.known |= trials
+                different.setdefault(settled.result_key(), settled)
+        self.known = {cell.id: cell for cell in different.values()} | trials
 
 
 def _ignore_state(run: Callable[[Cell], dict[str, Any]], cell: Cell) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from dlrm_xla.config import Config, resolve
 from dlrm_xla_studies.grid import Cell
@@ -35,7 +35,8 @@ def tune(place: Cell, tuning: Tuning, loss_of: Callable[[Cell], float | None]) -
     for _ in range(tuning.trials):
         trial = study.ask()
         values = {key: _rounded(trial.suggest_float(key, *tuning.search[key], log=True)) for key in place.tuned}
-        loss = loss_of(Cell("run", {**place.settings, **values}, trial=method))
+        told = tuple(dict.fromkeys((*place.told, *place.tuned)))
+        loss = loss_of(replace(place, settings={**place.settings, **values}, trial=method, tuned=(), told=told))
         if loss is None or not math.isfinite(loss):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
