@@ -82,6 +82,30 @@ def test_the_choice_names_what_cannot_be_told_from_it():
     assert choice.verdict(last["change"]) == "worse than exact"
 
 
+def test_a_method_without_seeds_in_common_with_the_choice_is_not_told_from_it():
+    runs = runs_of(["hash_rows", "robe", "top_rows"], noise=0.00001)
+    runs.loc[runs["plugin"] == "top_rows", "seed"] += 3
+    last = choice.choices(runs, statistics.summary(runs))[-1]
+    assert last["choice"]["plugin"] == "hash_rows"
+    assert ([row["plugin"] for row in last["not_compared"]], last["worse"], last["equals"]) == (["top_rows"], 1, [])
+    assert "with too few seeds in common: <code>top_rows 1000x</code>" in page.html(runs, "few")
+
+
+def test_each_method_has_a_trial_that_was_taken():
+    trials = []
+    for device in ("cpu", "xla"):
+        method = json.dumps({"device": device, "min_count": 4, "plugin": "hash_rows"})
+        for rate, loss in ((0.01, 0.50), (0.02, 0.48), (0.04, 0.48)):
+            loss += 0.1 * (device == "xla")
+            row = {"kind": "trial", "plugin": "hash_rows", "ratio": 10.0, "device": device, "trial": method}
+            trials.append(row | {"row_lr": rate, "plugin_lr": 0.001, "dense_lr": 0.001, "validation_log_loss": loss})
+    rows = page._trials(pd.DataFrame(trials))
+    taken = [(row["told"], row["row_lr"]) for row in rows if row["best"]]
+    assert taken == [(["device cpu"], 0.02), (["device xla"], 0.02)]
+    text = page.html(pd.DataFrame(trials), "tuned")
+    assert "<code>hash_rows 10x</code>, device xla" in text
+
+
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
@@ -181,6 +205,15 @@ def test_growth_with_one_size_holds_the_others():
     assert found["hashing", "rows"] == pytest.approx(0.5)
     assert found["hashing", "ratio"] == pytest.approx(0)
     assert ("exact", "ratio") not in found  # their ratio is that of the plugin beside them
+
+
+def test_a_plot_of_which_no_point_is_left_is_not_drawn():
+    """Exact tables have no ratio of their own; matplotlib's warnings are errors here."""
+    table = benches()
+    exact = table[table["name"].str.endswith("exact")]
+    drawn = page.html(exact.assign(study="s"), "exact")
+    assert "scaling-rows-" in drawn
+    assert "scaling-ratio-" not in drawn
 
 
 def test_bars_say_which_step_they_are_of():

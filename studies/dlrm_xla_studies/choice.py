@@ -20,8 +20,9 @@ _NEARLY = 0.98
 def choices(runs: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
     """For each dataset, device and size: the choice, its change against exact tables, and its equals.
 
-    Equals are methods whose paired difference to the choice has zero within its confidence interval. Methods of a
-    single seed are in no ranking, and a device on which too few methods ran has none.
+    Equals are methods whose paired difference to the choice has zero within its confidence interval. Methods that have
+    fewer seeds in common with it than a difference takes are not compared. Methods of a single seed are in no ranking,
+    and a device on which too few methods ran has none.
     """
     rows = []
     for (data, device), here in found.groupby(["data", "device"], sort=False):
@@ -35,7 +36,8 @@ def choices(runs: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
                 continue
             best = group.loc[group["auc_mean"].idxmax()]
             others = [(row, compare(runs, best, row)) for k, row in group.iterrows() if k != best.name]
-            equals = [row for row, gap in others if gap.n >= LEAST_SEEDS and not gap.apart]
+            compared = [(row, gap) for row, gap in others if gap.n >= LEAST_SEEDS]
+            equals = [row for row, gap in compared if not gap.apart]
             fastest = max([best, *equals], key=lambda row: row["samples_per_second"])
             leanest = min([best, *equals], key=lambda row: row["training_bytes"])
             smallest = min([best, *equals], key=lambda row: row["embedding_bytes"])
@@ -47,7 +49,8 @@ def choices(runs: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
                     "choice": best,
                     "change": change(best),
                     "equals": sorted(equals, key=lambda row: -row["auc_mean"]),
-                    "worse": len(others) - len(equals),
+                    "worse": len(compared) - len(equals),
+                    "not_compared": [row for row, gap in others if gap.n < LEAST_SEEDS],
                     "fastest": fastest,
                     "leanest": leanest,
                     "smallest": smallest,

@@ -14,8 +14,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from dlrm_xla.registry import EXACT
-from dlrm_xla_studies import choice, figures, statistics
-from dlrm_xla_studies.families import exponents, family, timed
+from dlrm_xla_studies import choice, figures, grid, statistics
+from dlrm_xla_studies.families import along, exponents, family, timed
 from dlrm_xla_studies.figures import Figure
 
 _SOURCES = {"cpu": "measured on CPU", "cuda": "measured on CUDA", "xla": "measured on XLA"}
@@ -100,7 +100,8 @@ def _time_figures(table: pd.DataFrame, times: pd.DataFrame, folder: Path | None)
             yield Figure(f"parts-{kind}", title, caption, figures.parts(split, folder, f"parts-{kind}"))
     for (source, device), here in times.groupby(["source", "device"], sort=False):
         for size in ("rows", "batch", "ratio"):
-            if here[size].nunique() < 3:
+            drawn = pd.concat([along(group, size) for _, group in here.groupby("family")])
+            if drawn[size].nunique() < 3:
                 continue
             name = f"scaling-{size}-{source.replace(' ', '_')}-{device}"
             title = f"Time per step against {size}, {source}, {device}"
@@ -192,13 +193,17 @@ def _compiled(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _trials(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Trials by method, the best first, which is taken; a method is named by what is not the same in all."""
     if not len(table):
         return []
-    order = table.sort_values(["plugin", "validation_log_loss"], kind="stable")
-    best = order.groupby("plugin")["validation_log_loss"].transform("min")
+    settings = {method: json.loads(method) for method in table["trial"].unique()}
+    names = grid.differing(settings.values())
+    taken = set(table["validation_log_loss"].dropna().groupby(table["trial"]).idxmin())
+    order = table.sort_values(["plugin", "trial", "validation_log_loss"], kind="stable")
     return [
-        {str(k): v for k, v in row.items()} | {"best": row["validation_log_loss"] == least}
-        for row, least in zip(order.to_dict("records"), best, strict=True)
+        {str(k): v for k, v in row.items()}
+        | {"best": index in taken, "told": grid.told(settings[row["trial"]], [n for n in names if n != "plugin"])}
+        for index, row in order.iterrows()
     ]
 
 
