@@ -368,6 +368,32 @@ def test_a_protocol_takes_parts_for_no_times_and_times_for_no_parts(tmp_path, ca
     assert "--protocol column needs a layout with `split: COLUMN`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("protocol", ["dlrm_days", "chronological"])
+@pytest.mark.parametrize("files", [1, 3])
+def test_the_newest_rows_test_or_where_no_column_has_a_time_the_last(tmp_path, capsys, protocol, files):
+    times = np.random.default_rng(3).permutation(84)
+    log, *layout = write_log(tmp_path, "csv", clicks(84, c=["v"] * 84, seconds=times), "c", more="time: seconds\n")
+    header, *rows = log.read_text().splitlines()
+    (tmp_path / "days").mkdir()
+    for day, part in enumerate(np.array_split(rows, files)):
+        (tmp_path / "days" / f"{day}.csv").write_text("\n".join([header, *part]))
+    last = {"chronological": 17, "dlrm_days": 84 // (7 if files == 1 else 3)}[protocol]
+    training = range(84 - last)
+    arguments = [tmp_path / "days", *layout, "--protocol", protocol]
+    for text in ((tmp_path / "log.yaml").read_text(), (tmp_path / "log.yaml").read_text().replace("time", "#")):
+        (tmp_path / "log.yaml").write_text(text)
+        timed = "time" in text
+        data = prepared_by(tmp_path / f"p{timed}", *arguments)
+        assert ("no `time` in log.yaml: rows are taken in the order" in capsys.readouterr().err) is not timed
+        assert list(data.splits) == ["train", "test", "validation"]
+        place = data.dense[:, 0].astype(int)
+        at = times[place] if timed else place
+        parts = {name: at[start:stop] for name, (start, stop) in data.splits.items()}
+        assert sorted(parts["train"]) == [*training]
+        early, late = ("test", "validation") if protocol == "dlrm_days" else ("validation", "test")
+        assert parts[early].max() < parts[late].min()
+
+
 def test_criteo_terabyte_is_a_folder_of_days(tmp_path):
     rng = np.random.default_rng(5)
     days = tmp_path / "days"

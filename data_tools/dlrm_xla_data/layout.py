@@ -13,6 +13,7 @@ from dlrm_xla.errors import UserError, choices
 
 TRANSFORMS = ("none", "log1p")
 HEX, NUMBER, TEXT = "hexadecimal", "integer", "text"
+YAML = (".yaml", ".yml")
 _SEVERAL = 10
 
 
@@ -56,6 +57,11 @@ class Layout:
     parquet: bool = False
     header: bool = False
     check: Callable[[list[bytes]], str | None] = lambda fields: None
+
+    @property
+    def own(self) -> bool:
+        """Whether a YAML file describes it."""
+        return self.name.endswith(YAML)
 
     @property
     def needed(self) -> list[str]:

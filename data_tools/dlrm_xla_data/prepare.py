@@ -35,7 +35,7 @@ from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.lines import Block, Digests, Place
 from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, list_columns, parse, parse_parquet
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared, read_meta, save_meta, written_whole
-from dlrm_xla_data.protocols import PROTOCOLS, TRAIN, Split, all_test, make_split
+from dlrm_xla_data.protocols import BY_TIME, PROTOCOLS, TRAIN, Split, all_test, make_split
 from dlrm_xla_data.raw_columns import RawColumns
 from dlrm_xla_data.vocabulary import Codes, Limits, build_vocabulary
 
@@ -88,7 +88,7 @@ def find_layout(name: str, files: Sequence[Path], later: bool = False, unlabelle
 
     ``later``: of rows that get the ids of others, and are not split; ``unlabelled``, which have no label yet.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(layouts.YAML):
         layout = layouts.from_yaml(Path(name))
         protocol = "column" if layout.split else "chronological"
     elif name in ("criteo", "criteo-terabyte"):
@@ -221,6 +221,8 @@ def prepare(
             return open_prepared(folder)  # another process made it meanwhile
         began = time.perf_counter()
         print(f"preparing {', '.join(map(str, files[:3]))}{' ...' * (len(files) > 3)} -> {folder}", file=sys.stderr)
+        if layout.own and not layout.time and not known and options.protocol in BY_TIME:
+            print(f"no `time` in {layout.name}: rows are taken in the order of the files", file=sys.stderr)
         with written_whole(folder, resumable=True) as scratch:
             columns = RawColumns(scratch / "columns", layout, key)
             read = _read(files, columns, layout, options)

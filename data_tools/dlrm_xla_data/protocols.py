@@ -5,6 +5,7 @@ Every protocol says the part of each row; rows of one part keep their order and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ _BUCKETS = 2**12
 class Split:
     """The part of each row, in chunks of `dlrm_xla_data.raw_columns.CHUNK` rows, and the rows of each part.
 
-    ``ranges``: where the parts lie side by side already, what rows they are.
+    ``ranges``: where the parts lie side by side already, what rows they are; there they stay.
     """
 
     parts: Parts
@@ -35,7 +36,7 @@ class Split:
     def final_ranges(self) -> dict[str, tuple[int, int]]:
         """Rows of each part in the prepared dataset."""
         if self.ranges is not None:
-            return self.ranges
+            return {name: self.ranges[name] for name in PARTS}
         ends = np.cumsum([0, *self.counts])
         return {name: (int(ends[k]), int(ends[k + 1])) for k, name in enumerate(PARTS)}
 
@@ -44,35 +45,24 @@ def dlrm_days(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> S
     """DLRM's own: the last day's first half tests, its second half validates, all days before train.
 
     One file is Criteo Kaggle's seven days in equal shares of the rows; several are one day each, as Criteo Terabyte's
-    24. Source: facebookresearch/dlrm, data_utils.py and dlrm_data_pytorch.py.
+    24. With a time column the last day is as many rows, the newest. Source: facebookresearch/dlrm, data_utils.py and
+    dlrm_data_pytorch.py.
     """
     if len(rows_of_files) == 1:
-        return _from_ranges(day_split(columns.num_rows))
-    start = sum(rows_of_files[:-1])
-    middle = start + (rows_of_files[-1] + 1) // 2
-    return _from_ranges({"train": (0, start), "test": (start, middle), "validation": (middle, columns.num_rows)})
+        start, middle = day_split(columns.num_rows)["test"]
+    else:
+        start = sum(rows_of_files[:-1])
+        middle = start + (rows_of_files[-1] + 1) // 2
+    return _in_order(columns, (start, middle), PARTS)
 
 
 def chronological(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
     """By time 8:1:1: the oldest eight tenths train, the next tenth validates, the newest tests.
 
-    Time is the layout's time column, else the rows' order. Rows of the same time stay together, so shares are only
-    about right where times repeat.
-
     The split that follows how a model is used; Zhu et al. 2022, "BARS" (SIGIR), section 3, discuss it.
     """
     total = columns.num_rows
-    bounds = (total * 8 // 10, total * 9 // 10)
-    if columns.order != "time":
-        train, later = bounds
-        return _from_ranges({"train": (0, train), "validation": (train, later), "test": (later, total)})
-    first, second = (_nth(columns, place) for place in bounds)
-
-    def parts() -> Iterator[NDArray[np.int8]]:
-        for times in columns.chunks("order"):
-            yield np.where(times < first, TRAIN, np.where(times < second, VALIDATION, TEST)).astype(np.int8)
-
-    return _counted(parts)
+    return _in_order(columns, (total * 8 // 10, total * 9 // 10), ("train", "validation", "test"))
 
 
 def random_811(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
@@ -113,6 +103,8 @@ PROTOCOLS: dict[str, Callable[[RawColumns, Sequence[int], int], Split]] = {
     "column": column,
 }
 
+BY_TIME = ("dlrm_days", "chronological")
+
 
 def make_split(name: str, columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
     """The split of a protocol; UserError where a part would have no row."""
@@ -126,6 +118,24 @@ def make_split(name: str, columns: RawColumns, rows_of_files: Sequence[int], see
                 "another protocol."
             )
     return split
+
+
+def _in_order(columns: RawColumns, cuts: tuple[int, int], names: tuple[str, str, str]) -> Split:
+    """Rows cut at two places into parts of these names: by time where the layout has one, else in their own order.
+
+    Rows of the same time stay together, so parts have only about so many rows where times repeat.
+    """
+    if columns.order != "time":
+        ends = (0, *cuts, columns.num_rows)
+        return _from_ranges(dict(zip(names, itertools.pairwise(ends), strict=True)))
+    first, second = (_nth(columns, place) for place in cuts)
+    numbers = np.array([PARTS.index(name) for name in names], np.int8)
+
+    def parts() -> Iterator[NDArray[np.int8]]:
+        for times in columns.chunks("order"):
+            yield numbers[(times >= first).astype(np.int8) + (times >= second)]
+
+    return _counted(parts)
 
 
 def _from_ranges(ranges: dict[str, tuple[int, int]]) -> Split:
