@@ -584,6 +584,12 @@ def test_a_quoted_line_break_is_a_bad_row_wherever_it_is(tmp_path, capsys):
         ("label: y\ncategories: [c]\ndense: [x]\ntime: x\nsplit: c\n", "not both"),
         ("label: y\ncategories: [{column: x, kind: hexadecimal}]\ndense: [x]\n", "'x' is hexadecimal, but elsewhere"),
         ("- y\n", "must be a mapping"),
+        ("label: y\ncategories: c\ndense: [x]\n", r"categories is 'c', but must be a list: \[c\]"),
+        ("label: y\ncategories: [c]\ndense: x\n", r"dense is 'x', but must be a list or a mapping: \[x\]"),
+        ("label: y\ncategories: [c]\ndense: [x]\ncolumns: y\n", "columns is 'y', but must be a list"),
+        ("label: {above: 3}\ncategories: [c]\ndense: [x]\n", "label names no column"),
+        ("label: y\ncategories: [c]\ndense: [x, y]\n", "'y' is the label and a dense feature.*Take it out"),
+        ("label: {column: x, above: 1}\ncategories: [x]\ndense: [y]\n", "'x' is the label and a category.*Take it"),
     ],
 )
 def test_layouts_that_cannot_be_meant(tmp_path, text, match):
@@ -591,6 +597,33 @@ def test_layouts_that_cannot_be_meant(tmp_path, text, match):
     (tmp_path / "l.yaml").write_text(text)
     with pytest.raises(UserError, match=match):
         find_layout(str(tmp_path / "l.yaml"), [tmp_path / "l.csv"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"y;price;c\n1;2;3\n", """one name, 'y;price;c'. Give `delimiter: ";"`"""),
+        (b"y\tprice\tc\n1\t2\t3\n", r"""Give `delimiter: "\t"`"""),
+        (b"", "log.csv is empty"),
+        (b"PAR1\x15\x04", "log.csv is a Parquet file, not text: give `format: parquet` in l.yaml"),
+        (
+            b"y,price,c\nyes,2,3\n",
+            "line 2: the label is 'yes', expected 0 or 1: write 0 or 1, or give `label: {column: y,",
+        ),
+    ],
+)
+def test_files_that_are_not_as_a_layout_says_are_told_with_the_fix(tmp_path, capsys, text, said):
+    write_layout(tmp_path / "l.yaml", "csv", "c")
+    (tmp_path / "log.csv").write_bytes(text)
+    for layout, words in ((tmp_path / "l.yaml", said), (tmp_path / "no.yaml", f"there is no file {tmp_path}/no.yaml")):
+        assert main(["prepare", str(tmp_path / "log.csv"), str(tmp_path / "p"), "--format", str(layout)]) == 2
+        assert words.replace("in l.yaml", f"in {tmp_path}/l.yaml") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "stats"])
+def test_a_file_is_no_prepared_folder(small_log, capsys, command):
+    assert main([command, str(small_log)]) == 2
+    assert "small.tsv is a file. Name a prepared folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ TRANSFORMS = ("none", "log1p")
 HEX, NUMBER, TEXT = "hexadecimal", "integer", "text"
 YAML = (".yaml", ".yml")
 _SEVERAL = 10
+_DELIMITERS = ";\t|,"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Layout:
     def without_label(self) -> Layout:
         """The same for rows that have no label yet: where no header says what columns there are, its column is gone."""
         unlabelled = replace(self, label=None, check=lambda fields: None)
-        columns = [c for c in self.columns or () if c != self.label or c in unlabelled.needed]
+        columns = [c for c in self.columns or () if c != self.label]
         return replace(unlabelled, columns=tuple(columns) if columns else None)
 
     def kind(self, name: str) -> str:
@@ -96,9 +98,13 @@ class Layout:
     def with_columns(self, names: Sequence[str], file: Path) -> Layout:
         """The same for a file that has these columns; UserError where one is missing."""
         missing = [n for n in self.needed if n not in names]
-        if missing:
-            raise UserError(f"{file} has no column {missing[0]!r}: {choices(missing[0], names)}")
-        return replace(self, columns=tuple(names))
+        if not missing:
+            return replace(self, columns=tuple(names))
+        hint = choices(missing[0], names)
+        marks = [mark for mark in _DELIMITERS if mark in names[0]] if self.header and len(names) == 1 else []
+        if marks:
+            hint = f"its header is one name, {names[0]!r}. Give `delimiter: {json.dumps(marks[0])}` in a FILE.yaml."
+        raise UserError(f"{file} has no column {missing[0]!r}: {hint}")
 
     def with_lists(self, lists: Collection[str]) -> Layout:
         """The same for Parquet files where these columns are lists, for categories that do not say ``at_most``."""
@@ -246,6 +252,8 @@ def from_yaml(path: Path) -> Layout:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(loaded, dict):
@@ -269,15 +277,23 @@ def from_yaml(path: Path) -> Layout:
     if isinstance(label, dict):
         above = _number(path, "label: above", label.get("above"))
         label = label.get("column")
+        if not label:
+            raise UserError(f"{path}: label names no column; expected {{column: X, above: N}}")
     dense = loaded.get("dense") or {}
     if isinstance(dense, list):
         dense = dict.fromkeys(dense, "none")
+    if not isinstance(dense, dict):
+        raise UserError(f"{path}: dense is {dense!r}, but must be a list or a mapping: [{dense}] or {{{dense}: log1p}}")
+    if not isinstance(loaded["categories"], list):
+        raise UserError(f"{path}: categories is {loaded['categories']!r}, but must be a list: [{loaded['categories']}]")
     for name, transform in dense.items():
         if transform not in TRANSFORMS:
             raise UserError(f"{path}: dense column {name!r} is {transform!r}; {choices(str(transform), TRANSFORMS)}")
     if not dense:
         raise UserError(f"{path}: dense names no column; DLRM needs at least one number a row")
     columns = loaded.get("columns")
+    if not isinstance(columns, list | None):
+        raise UserError(f"{path}: columns is {columns!r}, but must be a list of all columns of the file: [a, b]")
     layout = Layout(
         name=path.name,
         columns=tuple(str(c) for c in columns) if columns else None,
@@ -292,9 +308,15 @@ def from_yaml(path: Path) -> Layout:
         split=loaded.get("split"),
         parquet=kind == "parquet",
     )
+    for what, features in (("a dense feature", layout.dense), ("a category", [c.name for c in layout.categories])):
+        if layout.label in features:
+            raise UserError(
+                f"{path}: column {layout.label!r} is the label and {what}: a model would be given what it has to "
+                "predict. Take it out of the features."
+            )
     if not layout.parquet:
         layout = layout.with_lists(())
-        numbers = {layout.label, *layout.dense, layout.time}
+        numbers = {*layout.dense, layout.time}
         for category in layout.categories:
             if category.kind == HEX and category.name in numbers:
                 raise UserError(

@@ -58,6 +58,12 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as Parquet files do."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
 def first_line(path: Path) -> bytes:
     """The first line of a log, without its end and without a byte-order mark."""
     try:

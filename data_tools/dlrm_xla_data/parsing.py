@@ -281,15 +281,24 @@ def _labels(table: Any, layout: Layout) -> NDArray[np.int8]:
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise Misfit(f"the label column {layout.label} is {column.type}, expected numbers")
+        raise Misfit(f"the label column {layout.label} is {column.type}, expected numbers{_label_fix(layout)}")
     values = column.to_numpy(zero_copy_only=False)
     if layout.above is not None:
         if not np.isfinite(values).all():
             raise Misfit("a label is no number")
         return np.asarray(values > layout.above, np.int8)
     if not ((values == 0) | (values == 1)).all():
-        raise Misfit("a label is neither 0 nor 1")
+        raise Misfit(f"a label is neither 0 nor 1{_label_fix(layout)}")
     return np.asarray(values, np.int8)
+
+
+def _label_fix(layout: Layout) -> str:
+    """What to do about labels that are none, where a user says what they are."""
+    if not layout.own or layout.above is not None:
+        return ""
+    return (
+        f": write 0 or 1, or give `label: {{column: {layout.label}, above: N}}`, which is 1 where the number is larger"
+    )
 
 
 def _whole_numbers(table: Any, name: str) -> NDArray[np.int64]:
@@ -452,7 +461,7 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
     if layout.label:
         label = values[layout.label]
         if layout.above is None and _integer(label, 8) not in (0, 1):
-            return f"the label is {_shown(label)}, expected 0 or 1"
+            return f"the label is {_shown(label)}, expected 0 or 1{_label_fix(layout)}"
         if layout.above is not None and not _is_number(label):
             return f"the label is {_shown(label)}, expected a number"
     for name in layout.dense:
@@ -518,9 +527,8 @@ def _is_number(value: bytes, most: float = sys.float_info.max) -> bool:
 
 
 def _is_real(layout: Layout, name: str) -> bool:
-    """Whether a column of text is read as real numbers, by what else than a category it is."""
-    real = (name in layout.dense and not layout.integers) or (name == layout.label and layout.above is not None)
-    return real and name != layout.time and layout.kind(name) != NUMBER
+    """Whether a category is read as real numbers, for it is a number too."""
+    return name in layout.dense and not layout.integers and name != layout.time and layout.kind(name) != NUMBER
 
 
 def _is_whole(value: bytes) -> bool:

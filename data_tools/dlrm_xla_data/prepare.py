@@ -105,6 +105,10 @@ def find_layout(name: str, files: Sequence[Path], later: bool = False, unlabelle
         if name == "movielens":
             raise UserError("--unlabelled: every row of MovieLens has a rating. Describe such rows by a YAML file.")
         layout = layout.without_label()
+    for file in files:
+        if not layout.parquet and lines.is_parquet(file):
+            fix = f"give `format: parquet` in {name}" if layout.own else "describe its columns by a FILE.yaml"
+            raise UserError(f"{file} is a Parquet file, not text: {fix}")
     if layout.header:
         names = _header(files[0], layout)
         layout = layout.with_columns(names, files[0])
@@ -117,6 +121,8 @@ def find_layout(name: str, files: Sequence[Path], later: bool = False, unlabelle
 
 def _header(file: Path, layout: Layout) -> list[str]:
     header = lines.first_line(file).decode("utf-8", "replace")
+    if not header:
+        raise UserError(f"{file} is empty, or its first line is, which has to name the columns")
     return [n.strip().strip('"') for n in header.split(layout.delimiter)]
 
 

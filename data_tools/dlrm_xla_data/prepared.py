@@ -139,6 +139,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """The metadata of a prepared dataset; a UserError where the folder is not one of this version."""
     path = folder / "meta.json"
     remedy = "Prepare the raw log again, into another folder."
+    if folder.is_file():
+        raise UserError(f"{folder} is a file. Name a prepared folder, as python -m dlrm_xla_data prepare makes it.")
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     if not path.is_file():

@@ -21,8 +21,8 @@ def verify(folder: Path) -> list[str]:
     Checks digests of all files, labels, dense features, the range of ids, rising offsets, and that ids occur in
     training as often as ``counts`` says.
     """
-    (folder / VERIFIED).unlink(missing_ok=True)
     meta = read_meta(folder)
+    (folder / VERIFIED).unlink(missing_ok=True)
     dataset = open_prepared(folder)
     problems = []
     marks = file_marks(folder)
