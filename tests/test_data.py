@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -119,9 +120,14 @@ def test_missing_empty_and_truncated_logs(small_log, tmp_path):
         prepare.open_log(empty, None)
     packed = tmp_path / "cut.tsv.gz"
     whole = gzip.compress(small_log.read_bytes())
-    packed.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"truncated gzip.*after line \d+"):
-        prepare.open_log(packed, None)
+    for end in (b"\n", b"\r\n"):
+        whole = gzip.compress(small_log.read_bytes().replace(b"\n", end))
+        packed.write_bytes(whole[: len(whole) // 2])
+        text = zlib.decompressobj(31).decompress(packed.read_bytes())
+        last = text.count(b"\n") + text.endswith(b"\r")
+        assert 100 < last < 700
+        with pytest.raises(UserError, match=rf"truncated gzip file: it ends after line {last}\."):
+            prepare.open_log(packed, None)
     packed.write_bytes(whole[:500] + b"\0" * 40 + whole[540:])
     with pytest.raises(UserError, match=r"cut.tsv.gz"):
         prepare.open_log(packed, None)

@@ -86,7 +86,7 @@ def blocks(
     first line are left out, a missing end of the last line is added. What lies before ``start`` is read for the
     digests alone.
 
-    Raises UserError where a file cannot be read or unpacked, with the last line that could.
+    Raises UserError where a file cannot be read or unpacked, with the last whole line that can.
     """
     size = block_bytes or BLOCK_BYTES
     for number, path in enumerate(files):
@@ -115,9 +115,26 @@ def blocks(
                     yield Block(path, text, first, Place(number, offset, lines))
                 source.finish(file, digests)
         except EOFError as error:
-            raise UserError(f"{path} is a truncated gzip file: it ends after line {lines}. Fetch it again.") from error
+            last = _whole_lines(path)
+            raise UserError(f"{path} is a truncated gzip file: it ends after line {last}. Fetch it again.") from error
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} cannot be unpacked after line {lines}: {error}. Fetch it again.") from error
+            last = _whole_lines(path)
+            raise UserError(f"{path} cannot be unpacked after line {last}: {error}. Fetch it again.") from error
+
+
+def _whole_lines(path: Path) -> int:
+    """How many whole lines of a broken gzip file can be read.
+
+    It is read again from its beginning, in small pieces: a read that fails gives nothing of what it had unpacked.
+    """
+    count, last = 0, b""
+    with _Source(path).open() as file, contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error):
+        while data := file.read1(1 << 13):
+            data = last + data
+            last = data[-1:] if data.endswith(b"\r") else b""  # \n may follow
+            data = data.removesuffix(b"\r")
+            count += data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+    return count + len(last)
 
 
 def _tidy(data: bytes, at_start: bool) -> bytes:
