@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -373,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         on = "the same command goes on after the last table that it finished"
         out = Path(given.get("out", SCRATCH))
         if (out / "config.yaml").exists() and not (out / SCRATCH).exists():  # it was training on
-            on = f"launch/run.py --resume {out} goes on from its last checkpoint"
+            on = f"launch/run.py --resume {shlex.quote(str(out))} goes on from its last checkpoint"
         print(f"stopped; {on}", file=sys.stderr)
         return INTERRUPTED
 

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -280,7 +281,8 @@ def check_best(checkpoints: CheckpointFolder, outcome: Outcome, say: Callable[[s
 
 def stopped_at_once(folder: str) -> int:
     """Says how a run goes on whose folder this is; "" where it has none."""
-    on = f"--resume {folder} goes on from its last checkpoint" if folder else "nothing is lost that was saved before"
+    again = f"--resume {shlex.quote(folder)} goes on from its last checkpoint"
+    on = again if folder else "nothing is lost that was saved before"
     print(f"stopped at once; {on}", file=sys.stderr)
     return INTERRUPTED
 

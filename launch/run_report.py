@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -95,4 +96,4 @@ def print_results(report: dict[str, Any], base: dict[str, float], best_auc: floa
         )
     print(f"run folder          {path}")
     if report["interrupted"]:
-        print(f"to go on            launch/run.py --resume {path}")
+        print(f"to go on            launch/run.py --resume {shlex.quote(str(path))}")

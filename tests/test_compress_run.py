@@ -112,6 +112,18 @@ def test_fine_tuning_keeps_what_was_compressed_where_training_makes_it_worse(tra
     assert "fine-tuned" in capsys.readouterr().out
 
 
+def test_stopped_while_it_trains_on_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "my run"
+    out.mkdir()
+    (out / "config.yaml").touch()
+    monkeypatch.setattr(compress, "compress", stopped)
+    assert compress.main(["x.safetensors", "--plugin", "svd", "--out", str(out)]) == 130
+    assert f"launch/run.py --resume '{out}' goes on" in capsys.readouterr().err
+
+
 def test_stopped_it_goes_on_after_the_last_finished_table(trained, tmp_path, monkeypatch, capsys):
     out, arguments = tmp_path / "stopped", ["--plugin", "pq:bits=2", "--weigh", "alike"]
     asked = []

@@ -620,6 +620,16 @@ def test_files_that_are_not_as_a_layout_says_are_told_with_the_fix(tmp_path, cap
         assert words.replace("in l.yaml", f"in {tmp_path}/l.yaml") in capsys.readouterr().err
 
 
+def test_commands_to_paste_are_quoted(small_log, tmp_path, capsys):
+    known, later = tmp_path / "my logs" / "known", tmp_path / "my logs" / "later"
+    assert main(["prepare", str(small_log), str(known), "--format", "criteo"]) == 0
+    assert f"run.py --data '{known}'\n" in capsys.readouterr().out
+    assert main(["prepare", str(small_log), str(later), "--format", "criteo", "--ids-of", str(known)]) == 0
+    assert f"--data '{later}'\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"prepare '{tmp_path}/my logs' NEW"):
+        open_prepared(tmp_path / "my logs")
+
+
 @pytest.mark.parametrize("command", ["verify", "stats"])
 def test_a_file_is_no_prepared_folder(small_log, capsys, command):
     assert main([command, str(small_log)]) == 2

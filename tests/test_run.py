@@ -28,10 +28,16 @@ from dlrm_xla.train import learning_rate_factor
 
 launcher = launch_script("run")
 
+
 QUICK = ["--synthetic-rows", "7000", "--min-count", "1", "--log-every", "5"]
 REPORT = """device plugin preset seed epochs batch_size auc log_loss normalized_entropy accuracy base_rate_log_loss
     embedding_bytes exact_embedding_bytes compression_ratio num_parameters train_samples_per_second step_ms_median
     compiles fallbacks versions commit tables""".split()
+
+
+def test_how_to_go_on_is_quoted(capsys):
+    launcher.stopped_at_once("my runs/a")
+    assert "--resume 'my runs/a' goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
@@ -202,7 +208,7 @@ def test_a_plugin_that_reads_the_device_is_told_with_the_step(tmp_path, capsys, 
 
 @pytest.mark.parametrize("device", SLOW_BUT_ON_CPU)
 def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
-    out = tmp_path / "run"
+    out = tmp_path / "my run"
     flags = "--synthetic-rows 14000 --batch-size 64 --epochs 250 --patience 0 --log-every 3".split()
     process = subprocess.Popen(
         [sys.executable, "launch/run.py", *flags, "--device", device, "--out", str(out)],
@@ -220,6 +226,7 @@ def test_ctrl_c_finishes_the_step_and_reports(device, tmp_path):
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "INTERRUPTED" in printed
+    assert f"launch/run.py --resume '{out}'\n" in printed
     assert "Traceback" not in errors
     report = json.loads((out / "report.json").read_text())
     assert report["interrupted"] is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -164,13 +165,14 @@ def _prepare(given: argparse.Namespace) -> int:
             clicks = f"click rate {dataset.click_rate(name):.4f}" if dataset.labelled else "no labels"
             print(f"{name:11s} {stop - start:,} rows, {clicks}")
     print(f"tables      {len(dataset.names)}, {sum(1 + len(c) for c in dataset.counts):,} rows")
+    dest = shlex.quote(str(given.dest))
     if known:
         shares = zip(dataset.names, zero_shares(dataset, "test"), strict=True)
         told = ", ".join(f"{name} {share:.1%}" for name, share in shares)
         print(f"without id  {told}: missing, or not in {given.ids_of}")
-        print(f"next        python launch/run.py --evaluate RUN/checkpoints/best.safetensors --data {given.dest}")
+        print(f"next        python launch/run.py --evaluate RUN/checkpoints/best.safetensors --data {dest}")
         return 0
-    print(f"next        python launch/run.py --data {given.dest}")
+    print(f"next        python launch/run.py --data {dest}")
     return 0
 
 

@@ -22,6 +22,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{folder} holds no meta.json, so it is no prepared dataset. Raw logs of several files are prepared first: "
-            f"python -m dlrm_xla_data prepare {folder} NEW --format criteo-terabyte, or what format they have"
+            f"python -m dlrm_xla_data prepare {shlex.quote(str(folder))} NEW --format criteo-terabyte, or what format "
+            "they have"
         )
     try:
         meta = json.loads(path.read_text())
@@ -221,7 +223,7 @@ def _as_verified(folder: Path) -> None:
         changed.sort(key=lambda name: marks.get(name, [0])[0] == now.get(name, [0])[0])
         raise UserError(
             f"{folder / changed[0]} was changed, or copied, after the dataset was verified. Run "
-            f"`python -m dlrm_xla_data verify {folder}` again."
+            f"`python -m dlrm_xla_data verify {shlex.quote(str(folder))}` again."
         )
 
 
