@@ -84,6 +84,14 @@ def test_what_cannot_be_meant_is_refused(changed, words, tmp_path, capsys):
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize("tables", ["1e4x", "1e4x0", "1e4x-2", "x3", "30,"])
+def test_tables_that_are_no_numbers_are_refused(tables, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["synthesize", str(tmp_path / "d"), "--rows", "9000", "--tables", tables])
+    assert "argument --tables: " in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
 def test_a_folder_is_not_written_over(folder, capsys):
     assert main(["synthesize", str(folder), *FLAGS]) == 2
     assert "exists already" in capsys.readouterr().err

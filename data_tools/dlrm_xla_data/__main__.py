@@ -23,24 +23,31 @@ from dlrm_xla_data.verify import verify
 from dlrm_xla_data.vocabulary import Limits
 
 
+def _whole(text: str) -> int:
+    """20000 or 1e6 -> the number; 0 is one."""
+    try:
+        number = float(text)
+        whole = int(number)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number such as 20000 or 1e6") from error
+    if whole != number or whole < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+    return whole
+
+
 def _count(text: str) -> int:
-    numbers = _numbers(text)
-    if len(numbers) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one number such as 20000 or 1e6")
-    return numbers[0]
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be at least 1")
+    return number
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     """3,2,1 -> (3, 2, 1); 10x4 -> (10, 10, 10, 10)."""
     numbers: list[int] = []
     for part in text.split(","):
-        value, _, times = part.lower().partition("x")
-        try:
-            numbers += [int(float(value))] * (int(times) if times else 1)
-        except (ValueError, OverflowError) as error:
-            raise argparse.ArgumentTypeError(f"{part!r}: expected numbers such as 3,2,1 or 1000x26") from error
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError("all numbers must be at least 1")
+        value, by, times = part.lower().partition("x")
+        numbers += [_count(value)] * (_count(times) if by else 1)
     return tuple(numbers)
 
 
@@ -66,11 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("dest", type=Path, help="the folder to make; it appears when it is whole")
     made.add_argument("--format", required=True, help=f"{', '.join(FORMATS)}, or a YAML file that describes columns")
     made.add_argument("--protocol", default=None, help=f"{', '.join(PROTOCOLS)}; by default the format's own")
-    made.add_argument("--min-count", type=int, default=1, help="ids seen less often in training become 0")
-    made.add_argument("--max-rows", type=int, default=0, help="most rows of a table, row 0 included; 0: any number")
+    made.add_argument("--min-count", type=_count, default=1, help="ids seen less often in training become 0")
+    made.add_argument("--max-rows", type=_whole, default=0, help="most rows of a table, row 0 included; 0: any number")
     made.add_argument("--tail", default="cut", help="ids beyond --max-rows: cut (become 0) or hash (share the others)")
     made.add_argument(
-        "--max-bad-rows", type=int, default=0, help="rows that may be left out for not being of the format"
+        "--max-bad-rows", type=_whole, default=0, help="rows that may be left out for not being of the format"
     )
     made.add_argument(
         "--multi-hot", type=_bags, default=(), help="bags of several ids from one: 3,2,1,... or mlperf_v2"
