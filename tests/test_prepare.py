@@ -740,6 +740,51 @@ def test_statistics_are_a_table_a_file_and_a_page(small_log, tmp_path, capsys):
     assert table["unseen_test"] == pytest.approx(sum(v != "" and v not in seen for v in values[600:650]) / 50)
 
 
+def test_rows_without_any_value_are_missing_in_bags_too(tmp_path, capsys):
+    tags = [["", "a|b", "a|new" if k >= 80 else "a", "b"][k % 4] for k in range(100)]
+    log, *layout = write_log(tmp_path, "csv", clicks(100, t=tags, c=[["", "x"][k % 2] for k in range(100)]),
+                             '{column: t, separator: "|"}', "c")  # fmt: skip
+    prepared_by(tmp_path / "p", log, *layout)
+    assert read_meta(tmp_path / "p")["missing"] == {"train": [20, 40], "test": [2, 5], "validation": [3, 5]}
+    assert main(["stats", str(tmp_path / "p"), "--out", str(tmp_path)]) == 0
+    bag, single = json.loads((tmp_path / "stats.json").read_text())["tables"]
+    # Ten test rows have 2 empty bags and 13 tags, 3 of them unseen.
+    assert (bag["missing"], bag["zero_test"], bag["unseen_test"]) == pytest.approx((0.25, 5 / 15, 3 / 15))
+    assert (single["missing"], single["zero_test"], single["unseen_test"]) == pytest.approx((0.5, 0.5, 0))
+    capsys.readouterr()
+    prepared_by(tmp_path / "q", log, *layout, "--ids-of", tmp_path / "p")
+    assert read_meta(tmp_path / "q")["missing"]["test"] == [25, 50]
+    assert f"without id  t {30 / 130:.1%}, c 50.0%" in capsys.readouterr().out
+
+
+def test_tables_without_any_id_are_told(tmp_path, capsys):
+    columns = clicks(60, none=[""] * 60, rare=[f"v{k}" for k in range(60)], c=["v"] * 60)
+    log, *layout = write_log(tmp_path, "csv", columns, "none", "rare", "c")
+    prepared_by(tmp_path / "p", log, *layout)
+    told = capsys.readouterr().err
+    assert "warning: tables without any id: none; no value in the training rows" in told
+    prepared_by(tmp_path / "q", log, *layout, "--min-count", "1e1", "--max-rows", "1e3")
+    assert "without any id: none, rare; no value 10 times (--min-count) in the" in capsys.readouterr().err
+    assert read_meta(tmp_path / "q")["options"]["limits"] == {"min_count": 10, "max_rows": 1000, "tail": "cut"}
+    prepared_by(tmp_path / "r", log, *layout, "--max-rows", "0", "--ids-of", tmp_path / "q")
+    assert "without any id" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--min-count=0", "'0': must be at least 1"),
+        ("--max-rows=1.5", "'1.5': expected a whole number, 0 or more"),
+        ("--max-rows=-1", "0 or more"),
+        ("--min-count=nan", "'nan': expected a number such as 20000 or 1e6"),
+    ],
+)
+def test_numbers_that_cannot_be_meant(small_log, tmp_path, capsys, flag, words):
+    with pytest.raises(SystemExit):
+        main(["prepare", str(small_log), str(tmp_path / "p"), "--format", "criteo", flag])
+    assert words in capsys.readouterr().err
+
+
 def test_two_processes_prepare_one_folder_once(small_log, tmp_path):
     small_log.write_text(small_log.read_text() * 30)
     script = """

@@ -278,6 +278,14 @@ def prepare(
         f"prepared {columns.num_rows:,} rows in {seconds:.1f} s, {columns.num_rows / seconds:,.0f} a second",
         file=sys.stderr,
     )
+    alone = [c.name for c, ids in zip(layout.categories, per_table, strict=True) if not ids]
+    if alone and not known:
+        least = options.limits.min_count
+        rare = f"no value {least:,} times (--min-count)" if least > 1 else "no value"
+        print(
+            f"warning: tables without any id: {', '.join(alone)}; {rare} in the training rows of these columns",
+            file=sys.stderr,
+        )
     if columns.num_bad:
         print(f"left out {columns.num_bad:,} rows that are not of the format:", file=sys.stderr)
         for place in read["bad"]:
@@ -438,7 +446,7 @@ def _write_all_ids(
 
     def one(k: int) -> int:
         if known:
-            return _write_known_ids(columns, k, known)
+            return _write_known_ids(columns, k, split, known)
         return _write_ids(columns, k, layout.categories[k].name, split, options.limits)
 
     numbers = range(len(layout.categories))
@@ -462,17 +470,9 @@ def _write_ids(columns: RawColumns, k: int, name: str, split: Split, limits: Lim
 
     vocabulary = build_vocabulary(scratch, name, training, limits)
     unfinished = ids_file.with_suffix(".ids.new")
-    missing = np.zeros(3, np.int64)
-
-    def counted() -> Iterator[Codes]:
-        for codes, part in zip(columns.codes(k), columns.spread(k, split.parts()), strict=True):
-            missing[:] += np.bincount(part[codes == MISSING], minlength=3)
-            yield codes
-
     with unfinished.open("wb") as out:
-        for codes in _larger(counted()):
+        for codes in _larger(_codes_and_missing(columns, k, split)):
             out.write(vocabulary.ids(codes).data)
-    np.save(columns.folder / f"{k}.missing.npy", missing)
     vocabulary.save(*_value_files(columns, k))
     os.replace(vocabulary.counts, counts_file)
     vocabulary.delete()
@@ -482,20 +482,27 @@ def _write_ids(columns: RawColumns, k: int, name: str, split: Split, limits: Lim
     return vocabulary.num_ids
 
 
-def _write_known_ids(columns: RawColumns, k: int, known: KnownIds) -> int:
+def _write_known_ids(columns: RawColumns, k: int, split: Split, known: KnownIds) -> int:
     ids_file, counts_file = columns.folder / f"{k}.ids", columns.folder / f"{k}.counts"
     if ids_file.is_file() and counts_file.is_file():
         return len(known.counts[k])
-    unfinished, missing = ids_file.with_suffix(".ids.new"), 0
+    unfinished = ids_file.with_suffix(".ids.new")
     with unfinished.open("wb") as out:
-        for codes in _larger(columns.codes(k)):
-            missing += int((codes == MISSING).sum())
+        for codes in _larger(_codes_and_missing(columns, k, split)):
             out.write(known.ids(k, codes).data)
-    np.save(columns.folder / f"{k}.missing.npy", np.array([missing if name == "test" else 0 for name in PARTS]))
     known.counts[k].tofile(counts_file)
     os.replace(unfinished, ids_file)
     columns.delete(f"{k}.codes")
     return len(known.counts[k])
+
+
+def _codes_and_missing(columns: RawColumns, k: int, split: Split) -> Iterator[Codes]:
+    """A category's codes; at their end a file says how many rows of each part have no value, or an empty bag."""
+    missing = np.zeros(3, np.int64)
+    for codes, lengths, parts in zip(columns.codes(k), columns.lengths(k), split.parts(), strict=True):
+        missing += np.bincount(parts[codes == MISSING if lengths is None else lengths == 0], minlength=3)
+        yield codes
+    np.save(columns.folder / f"{k}.missing.npy", missing)
 
 
 def _larger(chunks: Iterator[Codes]) -> Iterator[Codes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,27 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
     Of a table: ``rows`` with id 0; ``singletons``, the share of ids that occur once in training; ``top``, the share of
     training lookups that the k most frequent ids have; ``rows_for``, how many of them have 90, 99 and 99.9 %;
     ``zero_train`` and ``zero_test``, the share of lookups of id 0, which are missing, unseen in training, or left out
-    there as too rare. From ``missing``, the rows of each part without a value: ``missing``, their share in training,
-    and ``unseen_test``, the share of test rows whose value no id stands for; both None where nobody counted.
-    ``exponent`` is the slope of log count against log rank, least squares over powers of two.
+    there as too rare; an empty bag counts as one. From ``missing``, the rows of each part without a value: ``missing``,
+    their share in training, and ``unseen_test``, the share of test lookups whose value no id stands for; both None
+    where nobody counted. ``exponent`` is the slope of log count against log rank, least squares over powers of two.
     """
-    zero = {split: zero_shares(dataset, split) for split in ("train", "test")}
+    lookups = {split: _lookups(dataset, split) for split in ("train", "test")}
 
     def missing_share(split: str, k: int) -> float | None:
         start, stop = dataset.splits[split]
-        return missing[split][k] / max(1, stop - start) if missing else None
+        # A column with empty bags has no other missing values; datasets of before these were counted say it has none.
+        return (lookups[split].empty[k] or missing[split][k]) / max(1, stop - start) if missing else None
+
+    def unseen_share(k: int) -> float | None:
+        test, share = lookups["test"], missing_share("test", k)
+        if share is None:
+            return None
+        return test.zeros[k] / test.lookups[k] if test.empty[k] else test.zero_share(k) - share
 
     tables = []
     for k, (name, counts) in enumerate(zip(dataset.names, dataset.counts, strict=True)):
         total = max(1, int(counts.sum()))
         reached = np.cumsum(counts) / total
-        missing_test = missing_share("test", k)
         tables.append(
             {
                 "table": name,
@@ -48,10 +55,10 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
                     str(s): int(np.searchsorted(reached, s) + 1) if len(counts) else 0 for s in (0.9, 0.99, 0.999)
                 },
                 "exponent": _exponent(counts),
-                "zero_train": zero["train"][k],
-                "zero_test": zero["test"][k],
+                "zero_train": lookups["train"].zero_share(k),
+                "zero_test": lookups["test"].zero_share(k),
                 "missing": missing_share("train", k),
-                "unseen_test": None if missing_test is None else zero["test"][k] - missing_test,
+                "unseen_test": unseen_share(k),
             }
         )
     return {
@@ -63,19 +70,35 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
     }
 
 
-def zero_shares(dataset: PreparedDataset, split: str) -> list[float]:
-    """For each table the share of a split's ids that are 0."""
+@dataclass(frozen=True)
+class _Lookups:
+    """Of each table the lookups of a split, how many of them are of id 0, and how many are bags that hold none."""
+
+    lookups: list[int]
+    zeros: list[int]
+    empty: list[int]
+
+    def zero_share(self, k: int) -> float:
+        return (self.zeros[k] + self.empty[k]) / max(1, self.lookups[k])
+
+
+def _lookups(dataset: PreparedDataset, split: str) -> _Lookups:
     start, stop = dataset.splits[split]
-    zeros = np.zeros(len(dataset.names))
-    lookups = np.zeros(len(dataset.names))
+    found = np.zeros((3, len(dataset.names)), np.int64)
     firsts = np.cumsum([0, *dataset.bag_lengths])
     for first in range(start, stop, _ROWS):
         slots = dataset.slots(np.arange(first, min(first + _ROWS, stop)))
         for k in range(len(dataset.names)):
             of_table = slots[:, firsts[k] : firsts[k + 1]]
-            zeros[k] += (of_table == 0).sum()
-            lookups[k] += (of_table >= 0).sum()
-    return [float(z / max(1, n)) for z, n in zip(zeros, lookups, strict=True)]
+            empty = (of_table < 0).all(1).sum()
+            found[:, k] += ((of_table >= 0).sum() + empty, (of_table == 0).sum(), empty)
+    return _Lookups(*found.tolist())
+
+
+def zero_shares(dataset: PreparedDataset, split: str) -> list[float]:
+    """For each table the share of a split's lookups that are of id 0; an empty bag is one of them."""
+    found = _lookups(dataset, split)
+    return [found.zero_share(k) for k in range(len(dataset.names))]
 
 
 def _known(rate: float) -> float | None:
