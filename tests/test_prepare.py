@@ -394,6 +394,54 @@ def test_the_newest_rows_test_or_where_no_column_has_a_time_the_last(tmp_path, c
         assert parts[early].max() < parts[late].min()
 
 
+STAMPS = (
+    "2024-02-28",
+    "2024-02-28T00:00:01Z",
+    "2024-02-28 00:01",
+    "2024-02-28T00:01:00.5",
+    "2024-02-29T23:59:59.123456789",
+)
+
+
+def test_dates_and_times_of_iso_8601_order_the_rows(tmp_path, capsys):
+    days = [f"20{20 + k // 12:02d}-{1 + k % 12:02d}-03" for k in range(55)] + [*STAMPS]
+    order = np.random.default_rng(4).permutation(60)
+    columns = clicks(60, c=["v"] * 60, day=[days[k] for k in order])
+    log, *layout = write_log(tmp_path, "csv", columns, "c", "day", more="time: {column: day, kind: date}\n")
+    data = prepared_by(tmp_path / "p", log, *layout)
+    by_day = sorted(range(60), key=lambda k: columns["day"][k].replace(" ", "T"))
+    for name, rows in (("train", by_day[:48]), ("validation", by_day[48:54]), ("test", by_day[54:])):
+        np.testing.assert_array_equal(data.dense[slice(*data.splits[name]), 0], sorted(rows))
+    log.write_text(log.read_text().replace("2020-09-03", "2020-09-31"))
+    command = ["prepare", str(log), str(tmp_path / "q"), *map(str, layout)]
+    assert main(command) == 2
+    assert "column day is '2020-09-31', expected a date or time such as 2024-01-31 or" in capsys.readouterr().err
+    write_layout(tmp_path / "log.yaml", "csv", "c", more="time: day\n")
+    assert main(command) == 2
+    assert "expected an integer, or, with `time: {column: day, kind: date}`, a date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["date32", "date64", "ms", "ns", "text"])
+def test_parquet_dates_and_times_order_the_rows(tmp_path, capsys, kind):
+    import pyarrow as pa
+
+    order = np.random.default_rng(4).permutation(60)
+    days = np.datetime64("1969-12-20") + order
+    dtype = {"date32": pa.date32(), "date64": pa.date64(), "ms": pa.timestamp("ms"), "ns": pa.timestamp("ns", "UTC")}
+    column = pa.array([str(d) for d in days]) if kind == "text" else pa.array(days, pa.date32()).cast(dtype[kind])
+    if kind == "ns":
+        column = pa.array(column.cast(pa.int64()).to_numpy() + 1, dtype["ns"])
+    log, *layout = write_log(tmp_path, "parquet", clicks(60, c=["v"] * 60, day=column), "c", more="time: day\n")
+    command = ["prepare", str(log), str(tmp_path / "p"), *map(str, layout)]
+    if kind == "text":
+        assert main(command) == 2
+        assert "row 1: column day, which orders the rows, is string" in capsys.readouterr().err
+        write_layout(tmp_path / "log.yaml", "parquet", "c", more="time: {column: day, kind: date}\n")
+    assert main(command) == 0
+    data = open_prepared(tmp_path / "p")
+    np.testing.assert_array_equal(data.dense[:48, 0], np.flatnonzero(order < 48))
+
+
 def test_criteo_terabyte_is_a_folder_of_days(tmp_path):
     rng = np.random.default_rng(5)
     days = tmp_path / "days"
@@ -583,6 +631,9 @@ def test_a_quoted_line_break_is_a_bad_row_wherever_it_is(tmp_path, capsys):
         ("label: {column: y, above: much}\ncategories: [c]\ndense: [x]\n", "above is 'much'"),
         ("label: y\ncategories: [c]\ndense: [x]\ntime: x\nsplit: c\n", "not both"),
         ("label: y\ncategories: [{column: x, kind: hexadecimal}]\ndense: [x]\n", "'x' is hexadecimal, but elsewhere"),
+        ("label: y\ncategories: [c]\ndense: [x]\ntime: {column: x, kind: date}\n", "'x' is a date, but elsewhere"),
+        ("label: y\ncategories: [c]\ndense: [x]\ntime: {column: c, kind: dat}\n", "did you mean 'date'"),
+        ("label: y\ncategories: [c]\ndense: [x]\ntime: {kind: date}\n", "time names no column"),
         ("- y\n", "must be a mapping"),
         ("label: y\ncategories: c\ndense: [x]\n", r"categories is 'c', but must be a list: \[c\]"),
         ("label: y\ncategories: [c]\ndense: x\n", r"dense is 'x', but must be a list or a mapping: \[x\]"),
@@ -931,15 +982,29 @@ def test_a_byte_order_mark_is_dropped_where_a_file_begins_only(tmp_path, row):
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.sampled_from(["label", "whole", "real", "hexadecimal", "integer", "time"]), st.text("0123 xX-+.eEfg", max_size=7)
+    st.one_of(
+        st.tuples(
+            st.sampled_from(["label", "whole", "real", "hexadecimal", "integer", "time"]),
+            st.text("0123 xX-+.eEfg", max_size=7),
+        ),
+        st.tuples(
+            st.just("date"),
+            st.builds(
+                "{}{}".format, st.sampled_from(["", "2024-02-28", "2024-02-28T03:04:05"]), st.text("0129-:.TZ +")
+            ),
+        ),
+    )
 )
-def test_the_reader_of_lines_and_that_of_blocks_take_the_same_values(tmp_path_factory, place, text):
+def test_the_reader_of_lines_and_that_of_blocks_take_the_same_values(tmp_path_factory, value):
+    place, text = value
     layout = layouts.Layout(
         name="l", columns=("label", "whole", "real", "hexadecimal", "integer", "time"), delimiter=",", label="label",
-        dense={"whole" if place == "whole" else "real": "none"}, integers=place == "whole", time="time",
+        dense={"whole" if place == "whole" else "real": "none"}, integers=place == "whole",
+        time="time", dates=place == "date",
         categories=(layouts.Category("hexadecimal", layouts.HEX), layouts.Category("integer", layouts.NUMBER)),
     )  # fmt: skip
-    values = dict(zip(layout.columns, ["1", "2", "2", "ab", "7", "9"], strict=True)) | {place: text}
+    values = dict(zip(layout.columns, ["1", "2", "2", "ab", "7", "9"], strict=True))
+    values |= {"time" if place == "date" else place: text}
     line = ",".join(values.values()).encode()
     block = lines.Block(tmp_path_factory.getbasetemp() / "l.csv", line + b"\n", 1, lines.Place())
     bad = problem_of(line, layout)

@@ -14,6 +14,7 @@ from dlrm_xla.errors import UserError, choices
 
 TRANSFORMS = ("none", "log1p")
 HEX, NUMBER, TEXT = "hexadecimal", "integer", "text"
+DATE = "date"
 YAML = (".yaml", ".yml")
 _SEVERAL = 10
 _DELIMITERS = ";\t|,"
@@ -40,7 +41,8 @@ class Layout:
     column says 1 or, with ``above``, more than that; None where rows have none yet. ``dense`` gives each number's
     transform: "none", or "log1p", log(max(x, 0) + 1), missing 0 either way. ``integers``: numbers must be whole.
     ``derive`` makes further columns from that of ``time``, and raises ValueError for a value that cannot be. ``time``
-    or ``split`` name a column that decides a row's part. ``parquet``: files are Parquet.
+    or ``split`` name a column that decides a row's part. With ``dates`` times are text, dates and times of ISO 8601.
+    ``parquet``: files are Parquet.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Layout:
     split: str | None = None
     parquet: bool = False
     header: bool = False
+    dates: bool = False
     check: Callable[[list[bytes]], str | None] = lambda fields: None
 
     @property
@@ -243,7 +246,8 @@ def from_yaml(path: Path) -> Layout:
           - user                          # text
           - {column: item, kind: integer} # or hexadecimal, up to 8 digits
           - {column: tags, separator: "|", at_most: 8}
-        time: seconds                     # or split: part, with train, test and validation
+        time: seconds                     # an integer, or {column: day, kind: date} of ISO 8601
+        split: part                       # instead of time: train, test or validation
 
     Raises UserError with the file and, where YAML itself is broken, the line.
     """
@@ -291,6 +295,7 @@ def from_yaml(path: Path) -> Layout:
             raise UserError(f"{path}: dense column {name!r} is {transform!r}; {choices(str(transform), TRANSFORMS)}")
     if not dense:
         raise UserError(f"{path}: dense names no column; DLRM needs at least one number a row")
+    time, dates = _time(path, loaded.get("time"))
     columns = loaded.get("columns")
     if not isinstance(columns, list | None):
         raise UserError(f"{path}: columns is {columns!r}, but must be a list of all columns of the file: [a, b]")
@@ -304,7 +309,8 @@ def from_yaml(path: Path) -> Layout:
         dense={str(name): str(transform) for name, transform in dense.items()},
         categories=tuple(_category(path, entry) for entry in loaded["categories"]),
         quoted=bool(loaded.get("quoted", kind == "csv")),
-        time=loaded.get("time"),
+        time=time,
+        dates=dates,
         split=loaded.get("split"),
         parquet=kind == "parquet",
     )
@@ -314,6 +320,11 @@ def from_yaml(path: Path) -> Layout:
                 f"{path}: column {layout.label!r} is the label and {what}: a model would be given what it has to "
                 "predict. Take it out of the features."
             )
+    others = [*layout.dense, *(c.name for c in layout.categories if c.kind != TEXT)]
+    if dates and time in others:
+        raise UserError(
+            f"{path}: column {time!r} is a date, but elsewhere a number. Let one of them have another column."
+        )
     if not layout.parquet:
         layout = layout.with_lists(())
         numbers = {*layout.dense, layout.time}
@@ -327,6 +338,21 @@ def from_yaml(path: Path) -> Layout:
     if twice:
         raise UserError(f"{path}: categories: {twice[0]!r} is there twice")
     return layout.with_columns(layout.columns, path) if layout.columns else layout
+
+
+def _time(path: Path, entry: Any) -> tuple[str | None, bool]:
+    """The column of the time, and whether it holds dates."""
+    if not isinstance(entry, dict):
+        return (str(entry) if entry else None), False
+    for key in entry:
+        if key not in ("column", "kind"):
+            raise UserError(f"{path}: time: unknown key {key!r}; {choices(str(key), ('column', 'kind'))}")
+    if not entry.get("column"):
+        raise UserError(f"{path}: time names no column; expected {{column: X, kind: date}}")
+    kind = str(entry.get("kind", NUMBER))
+    if kind not in (NUMBER, DATE):
+        raise UserError(f"{path}: time: kind is {kind!r}; {choices(kind, (NUMBER, DATE))}")
+    return str(entry["column"]), kind == DATE
 
 
 def _category(path: Path, entry: Any) -> Category:

@@ -35,6 +35,7 @@ for _high, _a in _DIGITS.items():
     for _low, _b in _DIGITS.items():
         _HEX_PAIRS[_high + 256 * _low] = 16 * _a + _b
 
+_DATES = "a date or time such as 2024-01-31 or 2024-01-31T23:59:59.5Z, in UTC"
 _TEXT_OF_KIND = {HEX: "up to 8 hexadecimal digits or nothing", NUMBER: "an integer or nothing"}
 
 
@@ -195,7 +196,7 @@ def _read(data: bytes, layout: Layout) -> Any:
         types[layout.label] = pa.float64() if layout.above is not None else pa.int8()
     types |= {n: pa.int64() for n in types if layout.kind(n) == NUMBER}
     if layout.time:
-        types[layout.time] = pa.int64()
+        types[layout.time] = pa.string() if layout.dates else pa.int64()
     if not data.strip(b"\n"):
         return pa.table({n: pa.array([], types[n]) for n in needed})
     if data.startswith(BYTE_ORDER_MARK):
@@ -226,7 +227,10 @@ def _columns(table: Any, layout: Layout) -> Parsed:
 
     order = None
     if layout.time:
-        order = _whole_numbers(table, layout.time)
+        try:
+            order = _times(_one(table, layout.time), layout)
+        except pa.ArrowInvalid as error:
+            raise Misfit(f"column {layout.time}, which orders the rows: {error}") from error
     elif layout.split:
         order = _parts(table, layout.split)
     labels = _labels(table, layout)
@@ -301,12 +305,26 @@ def _label_fix(layout: Layout) -> str:
     )
 
 
-def _whole_numbers(table: Any, name: str) -> NDArray[np.int64]:
+def _times(column: Any, layout: Layout) -> NDArray[np.int64]:
+    """Integers that order the rows: of dates and times the microseconds since 1970, in UTC, further digits cut off."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    column = _one(table, name)
+    kind = column.type
+    if layout.dates and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        column = pc.replace_substring_regex(column, pattern=r"(\.[0-9]{6})[0-9]{0,3}Z?$|Z$", replacement=r"\1")
+        column = column.cast(pa.timestamp("us"))
+    elif pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("us"))
+    if pa.types.is_timestamp(column.type):
+        micro = pc.CastOptions(pa.timestamp("us", column.type.tz), allow_time_truncate=True)
+        column = pc.cast(column, options=micro).cast(pa.int64())
     if column.null_count or not pa.types.is_integer(column.type):
-        raise Misfit(f"column {name}, which orders the rows, must be an integer in every row")
+        text = f". For text give `time: {{column: {layout.time}, kind: date}}`" if layout.own else ""
+        raise Misfit(
+            f"column {layout.time}, which orders the rows, is {kind}, or missing in a row: expected integers, dates or "
+            f"times in every row{text}"
+        )
     return np.asarray(column.to_numpy(zero_copy_only=False), np.int64)
 
 
@@ -478,8 +496,13 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[NUMBER]}"
         if value and _is_real(layout, category.name) and not _is_whole(value):
             return f"column {category.name} is {_shown(value)}, expected a whole number, for it is a category too"
-    if layout.time and _integer(values[layout.time]) is None:
-        return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer: it orders the rows"
+    if layout.time and layout.dates:
+        problem = _no_time(values[layout.time], layout)
+        if problem:
+            return f"column {layout.time} is {_shown(values[layout.time])}, {problem}"
+    elif layout.time and _integer(values[layout.time]) is None:
+        fix = f", or, with `time: {{column: {layout.time}, kind: date}}`, {_DATES}" if layout.own else ""
+        return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer{fix}: it orders the rows"
     if layout.time and layout.derive is not None:
         problem = _underived(layout.derive, layout.time, values[layout.time])
         if problem:
@@ -498,6 +521,17 @@ def _underived(derive: Callable[[Any], Any], name: str, value: bytes) -> str | N
         derive(pa.table({name: pa.array([_integer(value)], pa.int64())}))
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _no_time(value: bytes, layout: Layout) -> str | None:
+    """Why a text is no time, None if it is one."""
+    import pyarrow as pa
+
+    try:
+        _times(pa.array([value or None], pa.binary()).cast(pa.string()), layout)
+    except (Misfit, pa.ArrowInvalid):
+        return f"expected {_DATES}: it orders the rows"
     return None
 
 
