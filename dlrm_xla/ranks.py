@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,9 @@ from dlrm_xla.errors import UserError
 
 _T = TypeVar("_T")
 _BEAT = 1.0
+# What a collective, or torch's own look into the store, may take: in a rank that is slower than others by minutes, as
+# where it saves more than they do, nothing is wrong, and of one that is lost the watch hears.
+_LONG = timedelta(days=7)
 
 
 class Ranks:
@@ -35,7 +39,6 @@ class Ranks:
 
     rank = 0
     size = 1
-    restarts = 0
 
     @property
     def first(self) -> bool:
@@ -81,6 +84,13 @@ class Ranks:
     def wait(self) -> None:
         """Goes on once every rank is here."""
 
+    def remember(self, folder: Path) -> None:
+        """Leaves the name of this job's run folder to the processes that torchrun starts in the place of lost ones."""
+
+    def remembered(self) -> Path | None:
+        """The run folder that this job had made before torchrun started it again; None the first time."""
+        return None
+
     def failed(self, error: BaseException) -> str:
         """Tells the others why this rank stops; what to print about it."""
         return f"error: {error}"
@@ -96,37 +106,25 @@ class Ranks:
 ALONE = Ranks()
 
 
-class TorchrunRanks(Ranks):
-    """A process that torchrun started.
+class TorchrunRank(Ranks):
+    """A process that torchrun started, and the only one: it has no others, but what was before it.
 
-    Every rank writes a sign of life to torchrun's store once a second. Whoever finds that one has given none for
-    ``patience`` seconds says which, and ends: also where it waits for a collective, which would never come back.
+    Its store, and so that of `TorchrunRanks`, is torchrun's, which lives as long as the job and no longer.
     """
 
     def __init__(self, patience: float, environment: Mapping[str, str] = os.environ) -> None:
         self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        self.local_rank = int(environment.get("LOCAL_RANK", 0))
-        self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.patience = patience
-        self._counts: dict[str, int] = {}
-        self.store = self._open_store(environment)
-        self._await_all()
-        # A thread may not use the store's connection while another waits on it.
-        self._watch = _Watch(self, self._open_store(environment))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore("torch", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=patience),
-        )
+        self._environment = environment
+        self._of_job = self._open_store()
 
-    def _open_store(self, environment: Mapping[str, str]) -> Any:
-        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    def _open_store(self) -> Any:
+        address, port = self._environment["MASTER_ADDR"], self._environment["MASTER_PORT"]
+        hosted = self._environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             store = TCPStore(
-                environment["MASTER_ADDR"],
-                int(environment["MASTER_PORT"]),
+                address,
+                int(port),
                 world_size=self.size,
                 is_master=self.rank == 0 and not hosted,
                 timeout=timedelta(seconds=self.patience),
@@ -135,15 +133,72 @@ class TorchrunRanks(Ranks):
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"rank {self.rank} cannot reach {environment['MASTER_ADDR']}:{environment['MASTER_PORT']}: "
-                f"{str(error).splitlines()[0]}. Start every rank with torchrun, and look at host and port."
+                f"rank {self.rank} cannot reach {address}:{port}: {_line(error)}. Start every rank with torchrun, and "
+                "look at host and port."
             ) from error
-        return PrefixStore(f"dlrm_xla/{self.restarts}", store)
+        store.set_timeout(_LONG)
+        return PrefixStore("dlrm_xla", store)
 
-    def _await_all(self) -> None:
-        self.store.set(f"here/{self.rank}", socket.gethostname())
+    def remember(self, folder: Path) -> None:
+        self._of_job.set("folder", str(folder.absolute()))
+
+    def remembered(self) -> Path | None:
+        return Path(self._of_job.get("folder").decode()) if self._of_job.check(["folder"]) else None
+
+
+class TorchrunRanks(TorchrunRank):
+    """A process that torchrun started among several.
+
+    Every rank writes a sign of life to torchrun's store once a second. Whoever finds that one has given none for
+    ``patience`` seconds says which, and ends: also where it waits for a collective, which would never come back.
+    """
+
+    def __init__(self, patience: float, environment: Mapping[str, str] = os.environ) -> None:
+        super().__init__(patience, environment)
+        self.local_rank = int(environment.get("LOCAL_RANK", 0))
+        self._counts: dict[str, int] = {}
+        start = self._meet()
+        self.store: Any = PrefixStore(start, self._of_job)
+        # A thread may not use the store's connection while another waits on it.
+        self._watch = _Watch(self, PrefixStore(start, self._open_store()))
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                store=PrefixStore("torch", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=_LONG,
+            )
+        except RuntimeError as error:
+            told = UserError(
+                f"rank {self.rank} cannot connect to the others: {self._watch.verdict() or _line(error)}. Look at the "
+                "network between the hosts; GLOO_SOCKET_IFNAME names the interface to take."
+            )
+            self.failed(told)
+            raise told from error
+
+    def _meet(self) -> str:
+        """Waits until all ranks are here; a name for this start of the job.
+
+        What the processes of an earlier start wrote is still in the store, and torchrun's count of restarts does not
+        tell them apart: only the agent of the host where a process failed counts one. So the first rank makes a name,
+        every rank signs under the newest that it sees, and goes on under the one whose list has its own signature.
+        """
+        store, mine = self._of_job, secrets.token_hex(8)
+        if self.first:
+            store.set("start", mine)
         deadline = time.monotonic() + self.patience
-        while missing := [k for k in range(self.size) if not self.store.check([f"here/{k}"])]:
+        while True:
+            missing = [0]
+            if store.check(["start"]):
+                start: str = store.get("start").decode()
+                signatures = [f"{start}/here/{k}" for k in range(self.size)]
+                store.set(signatures[self.rank], mine)
+                if self.first and store.check(signatures):
+                    store.set(f"{start}/all", pickle.dumps([store.get(key).decode() for key in signatures]))
+                if store.check([f"{start}/all"]) and mine in pickle.loads(store.get(f"{start}/all")):
+                    return start
+                missing = [k for k, key in enumerate(signatures) if not store.check([key])] or missing
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{_named(missing)} of {self.size} did not start within {self.patience:g} s. Look at the output of "
@@ -317,6 +372,10 @@ class _Watch(threading.Thread):
         )
 
 
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def _named(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
@@ -328,6 +387,16 @@ def open_ranks(patience: float, hosts: Mapping[str, str] | None = None) -> Ranks
     """
     if hosts:
         return HostRanks(patience, {**os.environ, "LOCAL_RANK": "0", **hosts})
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
-        return ALONE
-    return TorchrunRanks(patience)
+    if among_several():
+        return TorchrunRanks(patience)
+    return TorchrunRank(patience) if agent_has_store() else ALONE
+
+
+def among_several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def agent_has_store() -> bool:
+    """Whether torchrun's agent holds the store, so that it outlives the processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -53,6 +53,7 @@ class RunFolder:
         self.path = resumed or (Path(config.out) if config.out else _fresh(config))
         if resumed is None:
             check_out(str(self.path))
+            ranks.remember(self.path)  # before the first file, for a folder that holds some is another's
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             settings = {

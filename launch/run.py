@@ -93,7 +93,7 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     """
     start: tuple[Path, dict[str, Any]] | None = None
     several_ranks.check_settings(config, ranks)
-    resumed = several_ranks.folder_to_go_on_in(config, resumed, ranks)
+    resumed = several_ranks.folder_to_go_on_in(resumed, ranks)
     if resumed:
         folder_to_go_on_in = resumed
         start = ranks.from_first(lambda: find_start(config, folder_to_go_on_in))
@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the others must hear of it, whatever it is
         if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # stopped within a class's definition
             return ranks.end(stopped_at_once(""))
-        if ranks is ALONE:
+        if ranks.size == 1:
             raise
         traceback.print_exc()
         print(ranks.failed(error), file=sys.stderr)

@@ -16,7 +16,7 @@ from dlrm_xla.config import Config
 from dlrm_xla.device import Device
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import on_meta
-from dlrm_xla.ranks import Ranks, open_ranks
+from dlrm_xla.ranks import Ranks, agent_has_store, open_ranks
 from dlrm_xla.rows import RowTable
 from dlrm_xla.torchrec_plan import Shards, make_shards
 from dlrm_xla.train import row_settings
@@ -44,8 +44,6 @@ def check_settings(config: Config, ranks: Ranks) -> None:
             if mine[name] != other[name] and name not in _OF_A_HOST
         ]:
             raise UserError(f"the ranks were started with other settings. {'; '.join(different)}. Start all alike.")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.out and ranks.restarts == 0:
-        raise UserError("torchrun --max-restarts needs --out or --resume: a restarted job goes on in that folder")
     if ranks.part[1] > 1:
         _check_parts(config, ranks)
 
@@ -120,7 +118,13 @@ def share_out(config: Config, plan: Plan, device: Device, ranks: Ranks) -> Shard
     return ranks.from_first(shards)
 
 
-def folder_to_go_on_in(config: Config, resumed: Path | None, ranks: Ranks) -> Path | None:
-    """The run folder that a job restarted by torchrun goes on in, or the one that was asked for."""
-    restarted = ranks.size > 1 and ranks.restarts > 0
-    return Path(config.out) if restarted and config.out and not resumed else resumed
+def folder_to_go_on_in(resumed: Path | None, ranks: Ranks) -> Path | None:
+    """The run folder that was asked for, or the one that this job had made before torchrun started it again."""
+    if resumed:
+        return resumed
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not agent_has_store():
+        raise UserError(
+            "torchrun --max-restarts: a restarted job finds its run folder in the store of torchrun's agent, and there "
+            "is none here. Use --rdzv-backend c10d without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, or --resume."
+        )
+    return ranks.from_first(ranks.remembered)

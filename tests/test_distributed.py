@@ -3,9 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +20,13 @@ import yaml
 from conftest import ROOT, criteo_line, launch_script
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.synthetic import synthesize
+from torch.distributed import TCPStore
 
 from dlrm_xla import checkpoint
 from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
-from dlrm_xla.ranks import TorchrunRanks
+from dlrm_xla.ranks import TorchrunRank, TorchrunRanks
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.tensor_file import opened
 
@@ -54,6 +59,26 @@ SETTINGS = {
     "dense_lr": 0.1,
     "rank_patience": 30.0,
 }
+
+# Two ranks, forked so that they start together whatever else the machine does: the second comes late to one sum, and
+# never to the other.
+SLOW_RANK = """
+import os, signal, socket, time
+import torch
+from dlrm_xla.ranks import TorchrunRanks
+
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+rank = 0 if os.fork() else 1
+place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+ranks = TorchrunRanks(3.0, place)
+time.sleep(6 * rank)
+print("together", int(ranks.add(torch.ones(1))), flush=True)
+if rank:
+    os.kill(os.getpid(), signal.SIGSTOP)
+ranks.add(torch.ones(1))
+"""
 
 
 def torchrun(ranks, *flags, elastic=(), settings=None, timeout=240):
@@ -172,6 +197,77 @@ def test_a_rank_that_does_not_start_is_named():
         TorchrunRanks(1.0, environment)
 
 
+@pytest.fixture
+def agent(monkeypatch):
+    """Starts the store of torchrun's agent for so many ranks; sets and gives the variables of the first of them."""
+    stores = []
+
+    def start(size):
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        stores.append(store)
+        variables = {"RANK": "0", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return variables
+
+    return start
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_meet_again_whatever_an_earlier_start_left(late, agent):
+    """The agents of two hosts do not count the same restarts; either host may be the first that is there again."""
+    variables = agent(2)
+
+    def meet(rank, restarts, seconds):
+        ranks = object.__new__(TorchrunRanks)
+        ours = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        TorchrunRank.__init__(ranks, 20.0, variables | ours)
+        time.sleep(seconds)
+        return ranks._meet()
+
+    with ThreadPoolExecutor(2) as threads:
+        starts = [
+            list(threads.map(meet, (0, 1), (0, count), (0.5 * (late == 0), 0.5 * (late == 1)))) for count in range(3)
+        ]
+    assert all(first == second for first, second in starts)
+    assert len({first for first, _ in starts}) == 3
+
+
+def test_a_restarted_job_goes_on_in_the_folder_that_it_made_and_in_no_other(agent, tmp_path, capsys):
+    flags = [*map(str, settings_file(tmp_path, synthetic_rows=640, tables={}, sharding={}))]
+    agent(1)
+    assert launcher.main([*flags, "--out", str(tmp_path / "old")]) == 0
+    assert launcher.main([*flags, "--out", str(tmp_path / "old"), "--epochs", "2"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    before = (tmp_path / "old" / "report.json").read_bytes()
+    agent(1)
+    for _ in range(2):
+        assert launcher.main([*flags, "--out", str(tmp_path / "old"), "--epochs", "3"]) == 2
+        assert "already holds files" in capsys.readouterr().err
+    assert (tmp_path / "old" / "report.json").read_bytes() == before
+
+
+def test_restarts_without_the_agents_store_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert launcher.main(["--out", str(tmp_path / "new")]) == 2
+    assert "--max-restarts: a restarted job finds its run folder in the store" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_waited_for_and_a_silent_one_is_named(tmp_path):
+    script, log = tmp_path / "ranks.py", tmp_path / "log"
+    script.write_text(SLOW_RANK)
+    with log.open("w") as file:  # no pipe, which the one that is stopped would keep open
+        first = subprocess.Popen([sys.executable, script], stdout=file, stderr=file, start_new_session=True)
+    try:
+        assert first.wait(60) == 1, log.read_text()
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+    assert "together 2" in log.read_text()
+    assert "rank 0 stops: rank 1 was lost: no sign of it for 3 s" in log.read_text()
+
+
 def test_a_plan_that_fits_nowhere_says_what_it_was_given():
     tables = [Table("small", 100, 16), Table("large", 1_000_000, 64)]
     with pytest.raises(UserError, match=r"2 ranks of 100,000,000 bytes.*large 260,000,000"):
@@ -271,6 +367,38 @@ def test_ranks_of_one_host_share_its_memory(monkeypatch):
     for device, given, expected in ((cpu, "", 4e9), (cpu, "12GB", 12e9), (cuda, "", 12e9)):
         config = SimpleNamespace(memory=given)
         assert several.memory_of_rank(config, plan, device, ranks) == expected
+
+
+@pytest.mark.slow
+def test_two_hosts_go_on_after_a_process_of_one_was_killed(tmp_path):
+    """Only the agent of that host counts a restart."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two"]
+    command += ["--local-addr", "localhost", "--max-restarts", "3", RUN]
+    flags = settings_file(tmp_path, tables={}, sharding={}, epochs=6)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"host{k}.log" for k in range(2)]
+    agents = []
+    for log in logs:
+        with log.open("w") as file:
+            asked = list(map(str, [*command, *flags, "--out", tmp_path / "run"]))
+            agents.append(subprocess.Popen(asked, stdout=file, stderr=file, env=environment))
+    try:
+        while not (tmp_path / "run" / "checkpoints" / "last.safetensors").exists():
+            assert all(agent.poll() is None for agent in agents), [log.read_text() for log in logs]
+            time.sleep(0.05)
+        children = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        codes = [agent.wait(300) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    printed = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], printed
+    assert printed.count("resumed from") == 1
 
 
 @pytest.mark.slow
