@@ -12,18 +12,19 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dlrm_xla.errors import UserError
 from dlrm_xla.ranks import Ranks
-from dlrm_xla.tensor_file import TensorFile, sync_folder
+from dlrm_xla.tensor_file import TensorFile, put, sync_folder
 
+_T = TypeVar("_T")
 ABOUT = "checkpoint.json"
 _SUFFIX = ".safetensors"
 
@@ -43,32 +44,46 @@ def write_shards(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
-    ranks.from_first(fresh)
-    writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own use of sharded tensors
-            save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:
-        ranks.from_first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        raise OSError(None, str(next(iter(error.failures.values()))[0])) from error
-    mine = sorted(unfinished.glob(f"*{_SUFFIX}"))[ranks.rank :: ranks.size]
-    digests: dict[str, str] = {}
-    for found in ranks.tell("digests", {p.name: _digest(p, sync=True) for p in mine}):
-        digests |= found
-
     def finish() -> None:
         with (unfinished / ABOUT).open("w") as file:
             json.dump({**about, "sha256": digests}, file)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(unfinished)
-        if path.exists():
-            shutil.rmtree(path)
-        unfinished.replace(path)
-        sync_folder(path.parent)
+        put(unfinished, path)
 
-    ranks.from_first(finish)
+    try:
+        _unless_failed(ranks.from_first(lambda: _tried(fresh)))
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its own use of sharded tensors
+                save(dict(tensors), storage_writer=writer)
+        except CheckpointException as error:
+            raise OSError(None, str(next(iter(error.failures.values()))[0])) from error
+        mine = sorted(unfinished.glob(f"*{_SUFFIX}"))[ranks.rank :: ranks.size]
+        digests: dict[str, str] = {}
+        told = ranks.tell("digests", _tried(lambda: {p.name: _digest(p, sync=True) for p in mine}))
+        for found in told:
+            digests |= _unless_failed(found)
+        _unless_failed(ranks.from_first(lambda: _tried(finish)))
+    except OSError:
+        ranks.from_first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        raise
+
+
+def _tried(make: Callable[[], _T]) -> _T | OSError:
+    try:
+        return make()
+    except OSError as error:
+        return error
+
+
+def _unless_failed(made: _T | OSError) -> _T:
+    """What one rank made; where its disk failed, the same error on every rank."""
+    if isinstance(made, OSError):
+        raise made
+    return made
 
 
 class ShardFolder(TensorFile):

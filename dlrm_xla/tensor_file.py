@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -81,12 +82,21 @@ def write(path: Path, sections: Sequence[Section], about: Mapping[str, str]) -> 
             file.write(_header_bytes(header))
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync_folder(path.parent)
+        put(unfinished, path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def put(unfinished: Path, path: Path) -> None:
+    """Gives what was written its name; a checkpoint that had it is gone, be it a file or a folder of several ranks."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif unfinished.is_dir():
+        path.unlink(missing_ok=True)
+    unfinished.replace(path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Several ranks train what one process trains, and end together, whatever happens to one of them."""
 
+import errno
 import json
 import os
 import shutil
@@ -26,9 +27,10 @@ from dlrm_xla import checkpoint
 from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError
-from dlrm_xla.ranks import TorchrunRank, TorchrunRanks
+from dlrm_xla.ranks import ALONE, TorchrunRank, TorchrunRanks
 from dlrm_xla.row_rules import RowSettings
-from dlrm_xla.tensor_file import opened
+from dlrm_xla.sharded_file import write_shards
+from dlrm_xla.tensor_file import Section, opened, write
 
 torchrec = pytest.importorskip("torchrec")
 from dlrm_xla.torchrec_plan import make_shards, text  # noqa: E402  after the skip
@@ -153,9 +155,12 @@ def test_what_two_ranks_saved_one_process_goes_on_with(two, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two, folder, symlinks=True)
     for path in (folder / "checkpoints").iterdir():
-        if path.name != "step-0000000020.safetensors":
+        if path.name == "step-0000000040.safetensors":
+            (path / "checkpoint.json").unlink()  # damaged, and the run comes to its name again
+        elif path.name != "step-0000000020.safetensors":
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
     assert launcher.main(["--resume", str(folder)]) == 0
+    assert (folder / "checkpoints" / "step-0000000040.safetensors").is_file()
     assert_same_checkpoint(folder / "checkpoints/last.safetensors", two / "checkpoints/last.safetensors", 1e-5)
     np.testing.assert_allclose(losses(folder), losses(two), atol=1e-5, rtol=0)
 
@@ -173,6 +178,36 @@ def test_a_damaged_part_of_a_checkpoint_is_found(two, tmp_path):
     part.unlink()
     with pytest.raises(UserError, match="damaged"):
         checkpoint.read_about(path)
+
+
+def test_a_checkpoint_of_the_other_kind_is_replaced(tmp_path):
+    path = tmp_path / "c.safetensors"
+    for _ in range(2):
+        write_shards(path, {"x": torch.ones(3)}, {}, ALONE)
+        assert path.is_dir()
+        write(path, [Section([("x", [3])], torch.float32, [torch.zeros(3)])], {})
+        assert path.is_file()
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 2])
+def test_a_disk_that_fills_as_ranks_finish_leaves_nothing_behind(calls_before, tmp_path, monkeypatch):
+    path, sync = tmp_path / "c.safetensors", os.fsync
+    write_shards(path, {"x": torch.ones(3)}, {}, ALONE)
+    left = iter([sync] * calls_before)
+
+    def full(handle):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    # DCP's own sync, that of this rank's files, that of checkpoint.json.
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_shards(path, {"x": torch.zeros(3)}, {}, ALONE)
+    assert os.listdir(tmp_path) == [path.name]
+    with opened(path) as file:
+        assert torch.equal(file.tensor("x"), torch.ones(3))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
