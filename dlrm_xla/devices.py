@@ -5,6 +5,7 @@ A new backend is a function that gives a `dlrm_xla.device.Device`, and one line 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -85,14 +86,35 @@ def _slow_bf16() -> str:
     )
 
 
-def _cuda() -> Device:
+def take_own_gpu() -> None:
+    """Makes the GPU of this rank's number on its host, LOCAL_RANK, the one that this process works on.
+
+    Before anything else asks for one, for every rank would then have the first. Does nothing without torchrun.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    _check_cuda()
+    local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: each rank needs a GPU of its own, and this host shows {count}. Start as many "
+            "ranks as there are (torchrun --nproc-per-node gpu), and look at CUDA_VISIBLE_DEVICES."
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _check_cuda() -> None:
     if not torch.cuda.is_available():
         built = (
             "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device or driver was found"
         )
         raise UserError(f"--device cuda: {built}. Check nvidia-smi and the torch build, or use --device cpu or xla.")
+
+
+def _cuda() -> Device:
+    _check_cuda()
     description = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     from dlrm_xla.cuda_steps import CapturedStep
 
     rows = RowAccess("a GPU", _gather, _scatter, _sum_rows)

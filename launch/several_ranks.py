@@ -14,6 +14,7 @@ from run_plan import Plan
 
 from dlrm_xla.config import Config
 from dlrm_xla.device import Device
+from dlrm_xla.devices import take_own_gpu
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import on_meta
 from dlrm_xla.ranks import Ranks, agent_has_store, open_ranks
@@ -28,6 +29,8 @@ _OF_A_HOST = {"data", "data_cache"}
 
 def open_job(config: Config) -> Ranks:
     """The processes that train together: those of torchrun, or one for each host whose chips are one device."""
+    if config.device == "cuda":
+        take_own_gpu()  # before nccl, which asks for one
     alone_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1  # several on a host would fight over its chips
     return open_ranks(config.rank_patience, job_of_hosts(config.device) if alone_here else None)
 

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore
 from dlrm_xla import checkpoint
 from dlrm_xla.config import resolve
 from dlrm_xla.contract import Table
+from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.ranks import ALONE, TorchrunRank, TorchrunRanks
 from dlrm_xla.row_rules import RowSettings
@@ -301,6 +302,29 @@ def test_a_slow_rank_is_waited_for_and_a_silent_one_is_named(tmp_path):
         os.killpg(first.pid, signal.SIGKILL)
     assert "together 2" in log.read_text()
     assert "rank 0 stops: rank 1 was lost: no sign of it for 3 s" in log.read_text()
+
+
+def test_a_rank_takes_its_own_gpu_before_it_meets_the_others(monkeypatch):
+    several = launch_script("several_ranks")
+    taken = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"GPU {taken[-1]}")
+    sizes = SimpleNamespace(total_memory=10), SimpleNamespace(total_memory=20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sizes[device.index])
+    monkeypatch.setattr(several, "open_ranks", lambda patience, hosts: taken[-1])
+    config = resolve({"device": "cuda"}, None)[0]
+    assert several.open_job(config) == 0
+    assert taken == [0], "one process takes what is current"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert several.open_job(config) == 1
+    device = open_device("cuda")
+    assert (device.torch_device, device.description[:5], device.memory) == (torch.device("cuda:1"), "GPU 1", 18)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="LOCAL_RANK 2: each rank needs a GPU of its own, and this host shows 2"):
+        several.open_job(config)
 
 
 def test_a_plan_that_fits_nowhere_says_what_it_was_given():
