@@ -43,7 +43,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.guards import warn
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
-from dlrm_xla.ranks import ALONE, Ranks
+from dlrm_xla.ranks import ALONE, Ranks, among_several
 from dlrm_xla.run_folder import NoRunFolder, RunFolder, check_out, versions
 from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, check_batch, predict, train
 
@@ -304,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--split names the rows that --evaluate scores: give --evaluate, or leave it out")
         if plan_only and (evaluated or exported):
             raise UserError("--plan is of a run that trains; leave it out with --evaluate and --export")
+        if (evaluated or exported) and among_several():
+            raise UserError("--evaluate and --export are work for one process: start it without torchrun")
         if evaluated:
             return use_checkpoint.evaluate(evaluated, given, split or "test")
         if exported:

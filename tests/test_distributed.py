@@ -290,6 +290,13 @@ def test_restarts_without_the_agents_store_are_refused(monkeypatch, tmp_path, ca
     assert "--max-restarts: a restarted job finds its run folder in the store" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--evaluate", "--export"])
+def test_work_for_one_process_is_refused_under_torchrun(flag, agent, capsys):
+    agent(2)
+    assert launcher.main([flag, "c.safetensors"]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_slow_rank_is_waited_for_and_a_silent_one_is_named(tmp_path):
     script, log = tmp_path / "ranks.py", tmp_path / "log"
