@@ -6,6 +6,7 @@ process, and torch_xla's libtpu of another version stays out of it. Results are 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +58,18 @@ def compiler_version() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
 
 
+def check_cache(cache: Path) -> None:
+    """Makes the folder of compiled steps where there is none; a UserError where nothing can be written there."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--cache {cache}: compiled steps cannot be kept there ({error.strerror}); name a folder of yours"
+        ) from error
+
+
 def compile_for(
     topology: str,
     artifact: bytes,
@@ -73,7 +87,7 @@ def compile_for(
     ``donated`` are arguments whose buffers the program may write results to, as torch_xla donates them. More than one
     of ``partitions`` takes the shardings in the module (GSPMD), and ``shardings`` of its arguments. Results are kept in
     ``cache`` under the artifact, or under ``identity`` where that leaves out what does not matter. ``say`` hears that
-    it still compiles.
+    it still compiles, and of a result that cannot be read or kept.
 
     Raises UserError where jax or libtpu is missing, and where the compiler fails for any reason but memory.
     """
@@ -86,13 +100,17 @@ def compile_for(
         "chip_config": chip_config,
         "compiler": compiler,
         "format": _FORMAT,
+        **_flags(),
     }
     what = json.dumps(request, sort_keys=True).encode() + (identity.encode() or artifact)
     key = hashlib.sha256(what).hexdigest()[:32]
     kept = cache / f"{key}.json.gz" if cache else None
     if kept and kept.exists():
-        with gzip.open(kept, "rt") as file:
-            return Compiled(**json.load(file))
+        try:
+            with gzip.open(kept, "rt") as file:
+                return Compiled(**json.load(file))
+        except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+            say(f"{kept} cannot be read ({error}); compiling anew")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "step.mlirbc").write_bytes(artifact)
@@ -108,12 +126,32 @@ def compile_for(
     if compiled.error and not compiled.out_of_memory:
         raise UserError(f"the TPU compiler refuses the step for {topology}: {compiled.error.strip().splitlines()[0]}")
     if kept:
+        _keep(compiled, kept, say)
+    return compiled
+
+
+def _flags() -> dict[str, str]:
+    """Variables of flags that the compiler reads, where set; but for the CPU's, one of which torch_xla sets itself."""
+    found = {
+        name: " ".join(flag for flag in os.environ.get(name, "").split() if not flag.startswith("--xla_cpu_"))
+        for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+    }
+    return {name: flags for name, flags in found.items() if flags}
+
+
+def _keep(compiled: Compiled, kept: Path, say: Callable[[str], None]) -> None:
+    """Writes a result, whole or not at all: what took minutes to compile is not lost with it."""
+    part = kept.with_suffix(f".{os.getpid()}")
+    try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
         with gzip.open(part, "wt", compresslevel=3) as file:
             json.dump(asdict(compiled), file)
         part.replace(kept)
-    return compiled
+    except OSError as error:
+        say(f"{kept} cannot be written ({error.strerror}); the next time this is compiled anew")
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _run(folder: Path, say: Callable[[str], None]) -> str:

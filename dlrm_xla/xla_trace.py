@@ -177,8 +177,8 @@ def plain_text(results: list[Tensor]) -> str:
     """Pending tensors as StableHLO without names of operations, their places in source and running numbers."""
     lines = str(xm.get_stablehlo(results)).splitlines()
     program = (line for line in lines if re.search(r"stablehlo\.|func\.|return|call |\^bb|\}\)", line))
-    # What is left of strings is shardings.
-    return re.sub(r'("\{[^"]*")|\.\d+\b|"[^"]*"|#loc.*|\[unknown\]', r"\1", "\n".join(program))
+    # What is left of strings is shardings, and constants of many numbers, which are packed.
+    return re.sub(r'("\{[^"]*"|dense<"[^"]*")|\.\d+\b|"[^"]*"|#loc.*|\[unknown\]', r"\1", "\n".join(program))
 
 
 @contextmanager
