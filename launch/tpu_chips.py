@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from tpu_steps import Traced, trace_steps
 
 from dlrm_xla.config import Config
+from dlrm_xla.errors import UserError
+from dlrm_xla.tpu import Chip, Slice
+
+
+def check_hosts(chip: Chip, slice: Slice) -> None:
+    """Refuses a topology that libtpu does not have: one that does not consist of whole hosts."""
+    _, _, host = chip.topology.partition(":")
+    _, _, asked = slice.topology.partition(":")
+    sides = [int(side) for side in host.split("x")]
+    whole = "x".join(str(-(-int(n) // side) * side) for n, side in zip(asked.split("x"), sides, strict=True))
+    if asked != whole:
+        raise UserError(
+            f"--chips {asked}: a topology of {chip.name} consists of whole hosts, each of {host} chips; take {whole}, "
+            "or 1 for one chip"
+        )
 
 
 class Tracers:
@@ -25,10 +41,18 @@ class Tracers:
         if devices not in self._processes:
             spawn = multiprocessing.get_context("spawn")
             self._processes[devices] = ProcessPoolExecutor(1, spawn, _become, (devices,))
-        return self._processes[devices].submit(trace_steps, config).result()
+        # The process starts here, and does not hear of Ctrl-C: this one does, and ends it.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            traced = self._processes[devices].submit(trace_steps, config)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        return traced.result()
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes, whatever they do."""
+        for child in multiprocessing.active_children():
+            child.terminate()
         for process in self._processes.values():
             process.shutdown(cancel_futures=True)
 
