@@ -6,6 +6,7 @@ python launch/compile_tpu.py --chip v5e --chips 16 --preset kaggle
 python launch/compile_tpu.py --chip v5e v6e --plugin exact hash_rows --preset kaggle --batch-size 2048 --compare
 
 XLA's TPU compiler comes with libtpu (extra tpu-compiler) and needs no TPU. Tables are shapes here: no data, no memory.
+They have the preset's nominal sizes, or those of the data that a --config file names.
 Figures are the compiler's estimates where it makes one, else those of a model (docs/tpu.md); it is said which. The exit
 code is 3 where a step does not fit the chip.
 """
@@ -17,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,18 +30,23 @@ from typing import Any
 import tpu_compare
 from run import INTERRUPTED
 from run_flags import add_settings
-from tpu_chips import Tracers, scaling
-from tpu_steps import compile_step, step_report
+from tpu_chips import Tracers, check_hosts, scaling
+from tpu_steps import check_plan, compile_step, step_report
 
 from dlrm_xla import registry
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.errors import UserError
 from dlrm_xla.tpu import CHIPS, Chip, Slice, find_chip, find_slice
-from dlrm_xla.tpu_compile import compiler_version
+from dlrm_xla.tpu_compile import check_cache, compiler_version
 from dlrm_xla.train import check_batch
 
 DOES_NOT_FIT = 3
+TERMINATED = 128 + signal.SIGTERM
 SETTINGS = {"preset", "min_rows", "ratio", "precision", "dense_optimizer", "row_optimizer"}
+CONFIG_HELP = (
+    "YAML file of settings; a run's config.yaml works: tables are then those of its data, or where that is not here "
+    "of its synthetic_tables"
+)
 SEVERAL = {"plugin": str, "batch_size": int, "dim": int}
 
 
@@ -65,7 +72,7 @@ def flags() -> argparse.ArgumentParser:
         help="chips that share the step by SPMD, or their topology such as 4x4; several with --compare",
     )
     add_settings(parser, SETTINGS)
-    parser.add_argument("--config", type=Path, default=None, help="YAML file of settings; a run's config.yaml works")
+    parser.add_argument("--config", type=Path, default=None, help=CONFIG_HELP)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write; with --compare a folder")
     parser.add_argument(
         "--compare",
@@ -95,7 +102,7 @@ def report_of(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tr
     on = chip.name if slice.devices == 1 else f"{slice.devices} x {chip.name}"
     began = time.monotonic()
     for step in traced:
-        bags = f" of {step.slots} slots" if config.synthetic_variable else ""
+        bags = f" of {step.slots} slots" if len(traced) > 2 else ""
         what = f"{config.plugin}, {step.name} step{bags} for {on}"
         print(what, file=sys.stderr)
         say = partial(_say, what)
@@ -109,6 +116,7 @@ def report_of(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tr
         "topology": slice.topology,
         "plugin": config.plugin,
         "preset": config.preset,
+        "data": config.data or None,
         "batch_size": config.batch_size,
         "dim": config.dim,
         "row_optimizer": config.row_optimizer,
@@ -135,6 +143,18 @@ def report_of_several(config: Config, chip: Chip, slice: Slice, cache: Path, tra
     return report | {"scaling": scaling(report, alone, part)}
 
 
+def without_missing_data(configs: Sequence[Config], file: Path | None) -> list[Config]:
+    """The configurations of a file, without its data where that is not here, which is said."""
+    data, rows = configs[0].data, configs[0].synthetic_tables
+    if not data or Path(data).exists():
+        return list(configs)
+    print(
+        f"{file}: its data {data} is not here; tables are synthetic_tables instead, {len(rows)} of {sum(rows):,} rows",
+        file=sys.stderr,
+    )
+    return [replace(config, data="") for config in configs]
+
+
 def _say(what: str, line: str) -> None:
     print(f"{what}: {line}", file=sys.stderr)
 
@@ -145,10 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file, out, compare, cache = (given.pop(name) for name in ("config", "out", "compare", "cache"))
     tracers = Tracers()
     try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
         compiler_version()
         chips = [find_chip(name) for name in given.pop("chip")]
         numbers = given.pop("chips")
         slices = [(chip, find_slice(chip, number)) for chip in chips for number in numbers]
+        for chip, slice in slices:
+            check_hosts(chip, slice)
         several = {name: given.pop(name, [None]) for name in SEVERAL}
         cases = list(itertools.product(*several.values()))
         if len(cases) * len(slices) > 1 and not compare:
@@ -158,18 +181,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases:
             values = {name: value for name, value in zip(several, case, strict=True) if value is not None}
             config, _ = resolve({**given, **values, "device": "xla"}, file)
-            registry.parse(config.plugin)
+            if compare and len(several["plugin"]) > 1 and not registry.parse(config.plugin):
+                config = replace(config, ratio=0.0)  # that of the others, which are compared with exact tables
             for _, slice in slices:
                 check_batch(config.batch_size, config.micro_batches, slice.devices)
             configs.append(config)
-        reports = []
-        for config, (chip, slice) in itertools.product(configs, slices):
-            reports.append(report_of_several(config, chip, slice, cache, tracers))
-            if not compare:
-                print(text(reports[-1]))
-        if compare:
-            tpu_compare.write(reports, out)
-        elif out:
+        configs = without_missing_data(configs, file)
+        for config in configs:
+            check_plan(config)
+        check_cache(cache)
+        reports: list[dict[str, Any]] = []
+        try:
+            for config, (chip, slice) in itertools.product(configs, slices):
+                reports.append(report_of_several(config, chip, slice, cache, tracers))
+                if not compare:
+                    print(text(reports[-1]))
+        finally:
+            if compare and reports:  # those that are finished, also where a later one fails
+                tpu_compare.write(reports, out)
+        if out and not compare:
             out.write_text(json.dumps(reports[0], indent=1) + "\n")
         return 0 if all(r["fits"] for r in reports) else DOES_NOT_FIT
     except UserError as error:
@@ -187,8 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
+    data = f", tables of {report['data']}" if report["data"] else ""
     lines = [
-        f"\n{report['plugin']}, preset {report['preset']}, batch {report['batch_size']:,}, dim {report['dim']}, "
+        f"\n{report['plugin']}, preset {report['preset']}{data}, batch {report['batch_size']:,}, dim {report['dim']}, "
         f"rows by {report['row_optimizer']}, on {_where(report)}; {report['compiler']}; nothing was run"
     ]
     for name, step in (("train", report), ("forward", report["forward"])):
@@ -230,7 +261,8 @@ def _scaling(report: dict[str, Any]) -> list[str]:
 
     def line(what: str, single: float | None, efficiency: float | None) -> str:
         if single is None or efficiency is None:
-            return f"  {what}: one chip cannot hold it"
+            who = "one chip" if single is None else f"{report['devices']} devices"
+            return f"  {what}: {who} cannot hold it"
         return f"  {what}: {efficiency:.2f} (one chip takes {single:.3f} ms)"
 
     part = report["batch_size"] // report["devices"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,20 @@ def check_out(out: Path | None, compare: bool) -> None:
     if compare:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; with --compare it is a folder")
-        out.mkdir(parents=True, exist_ok=True)
     elif out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} must be a file in a folder that exists")
+    whole = out.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
+    if not (there == whole or there.is_dir()) or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: {there} cannot be written to; name a place of yours")
 
 
 def write(reports: Sequence[dict[str, Any]], out: Path | None) -> None:
-    """Prints the table; with a folder also writes it, the reports as JSON and the plots."""
+    """Prints the table; with a folder, made where there is none, also writes it, the reports as JSON and the plots."""
     table = markdown(reports)
     print(table)
     if out:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "reports.json").write_text(json.dumps(list(reports), indent=1) + "\n")
         (out / "table.md").write_text(table + "\n")
         plot(reports, out)

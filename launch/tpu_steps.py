@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from dlrm_xla_data.bags import bucket_lengths
+from dlrm_xla_data.prepared import PreparedDataset
+from run_data import open_data
 from run_plan import make_plan
 from torch import Tensor, nn
 
@@ -29,7 +31,7 @@ from dlrm_xla.tpu import Chip, Slice, Touched, lower_bound, storage_bytes
 from dlrm_xla.tpu_compile import Compiled, compile_for
 from dlrm_xla.train import Steps
 
-# Criteo's and the synthetic rows'; a plan without data has no other figure.
+# Criteo's and the synthetic rows', where there is no data.
 NUM_DENSE = 13
 DEAREST = 10
 
@@ -72,6 +74,16 @@ def kind_of(name: str) -> str:
     return "other" if name in ("constant", "other state") else "parameters"
 
 
+def check_plan(config: Config) -> None:
+    """Raises a UserError where no tables can be planned for a configuration."""
+    device = open_device("xla")
+    make_plan(config, device, device.planned, _dataset(config))
+
+
+def _dataset(config: Config) -> PreparedDataset | None:
+    return open_data(config)[0] if config.data else None
+
+
 def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
     """The train and the forward step of a configuration, on shapes alone, and what replaced its tables.
 
@@ -83,15 +95,17 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
     device = xla_trace.on_shapes(opened)
     num_chips = device.rows.num_chips
     mesh = device.rows.chips if isinstance(device.rows.chips, xla_trace.PlaceholderMesh) else None
-    plan = make_plan(config, device, device.rows, None)
+    dataset = _dataset(config)
+    plan = make_plan(config, device, device.rows, dataset)
+    lengths = plan.lengths
+    num_dense, _, variable = dataset.shape if dataset else (NUM_DENSE, lengths, config.synthetic_variable)
     with shapes_alone():
         model = DLRM(
-            NUM_DENSE,
+            num_dense,
             plan.tables,
             plan.make_bags,
             **model_settings(config),
         )
-    lengths = config.synthetic_bags or [1] * len(plan.tables)
     steps = Steps(model, lengths, device, config)
     stacks, optimizers = steps.rows.stacks, steps.rows.optimizers
     looked_up = [_counted(stack) for stack in stacks]
@@ -105,13 +119,13 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
-    *shorter, longest = bucket_lengths(lengths) if config.synthetic_variable else [tuple(lengths)]
+    *shorter, longest = bucket_lengths(lengths) if variable else [tuple(lengths)]
 
     def batch(bags: tuple[int, ...]) -> PackedBatch:
         size = config.batch_size
-        shapes = (((size, NUM_DENSE), torch.float32), ((size, sum(bags)), torch.int32), ((size,), torch.float32))
+        shapes = (((size, num_dense), torch.float32), ((size, sum(bags)), torch.int32), ((size,), torch.float32))
         dense_BI, ids_BS, labels_B = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
-        varying = bags if config.synthetic_variable else None
+        varying = bags if variable else None
         return steps.arranged(PackedBatch(dense_BI, ids_BS, labels_B, None, varying)).sent(device.send)
 
     sparse = tuple(title for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse")
@@ -233,7 +247,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
                 "fits": False,
                 "argument_bytes": memory["modelled_argument_bytes"],
                 "lower_bound_ms": bound.seconds * 1e3,
-                "verdict": _refusal(compiled.error),
+                "verdict": _refusal(compiled.error, memory["modelled_argument_bytes"], chip),
                 "uncovered_operations": [],
                 "whole_table_copies": [],
                 "brought_on_chip": [],
@@ -353,10 +367,13 @@ def parts(costs: Sequence[Cost]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _refusal(error: str) -> str:
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error)
-    return (
-        f"DOES NOT FIT: it needs {found[1]} of {found[2]} HBM"
-        if found
-        else f"DOES NOT FIT: {error.splitlines()[0][:200]}"
-    )
+def _refusal(error: str, argument_bytes: int, chip: Chip) -> str:
+    """The verdict on a step whose memory the compiler names, that of all it needs or of temporaries alone."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of \S+ hbm", error)
+    temporary = re.search(r"on HBM, the total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", error)
+    found = used or temporary
+    if not found:
+        return f"DOES NOT FIT: {error.splitlines()[0][:200]}"
+    needed = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+    needed += 0 if used else argument_bytes
+    return f"DOES NOT FIT: it needs {needed / 1e9:,.2f} of {chip.hbm_bytes / 1e9:,.2f} GB"

@@ -3,14 +3,21 @@
 import importlib.util
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
 import sys
+import time
+from concurrent import futures
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import launch_script, needs_xla
 from dlrm_xla_data.loader import Loader
+from dlrm_xla_data.prepared import save_dataset
 from dlrm_xla_data.synthetic import synthesize
 
 from dlrm_xla import hlo, step_cost, tpu_compile
@@ -262,6 +269,8 @@ def test_what_is_no_module_is_refused():
         (["--chip", "v4", "--chips", "2x2"], "v4 has slices of"),
         (["--chips", "4", "--batch-size", "30"], "a batch of 30 cannot be cut into equal parts for 4 chips"),
         (["--out", "nowhere/else/x.json"], "a folder that exists"),
+        (["--chips", "3x5"], "whole hosts, each of 2x2 chips; take 4x6, or 1 for one chip"),
+        (["--chip", "tpu7x", "--chips", "1x1x1"], "take 2x2x1, or 1 for one chip"),
         (["--dim", "0"], "dim is 0"),
     ],
 )
@@ -280,6 +289,216 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: the TPU compiler needs jax and libtpu: pip install -e '.[xla,tpu-compiler]'\n"
     )
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.parametrize("place", ["/dev/null/x", "a file"])
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_compiled(place, tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    assert launch_script("compile_tpu").main(["--cache", str(tmp_path / place)]) == 2
+    assert "compiled steps cannot be kept there" in capsys.readouterr().err
+
+
+def answered(monkeypatch):
+    """A compiler that answers at once; each of its runs adds to the list."""
+    runs = []
+
+    def run(folder, say):
+        runs.append(folder)
+        answer = {"error": "", "memory": {}, "cost": {}, "hlo": f"module {len(runs)}"}
+        (folder / "answer.json").write_text(json.dumps(answer))
+        return ""
+
+    monkeypatch.setattr(tpu_compile, "_run", run)
+    return runs
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"nothing packed"])
+def test_a_result_that_cannot_be_read_is_compiled_anew(damage, monkeypatch, tmp_path):
+    runs, said = answered(monkeypatch), []
+    for _ in range(2):
+        tpu_compile.compile_for("v5e:2x2", b"program", [], cache=tmp_path)
+    assert len(runs) == 1
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert tpu_compile.compile_for("v5e:2x2", b"program", [], cache=tmp_path, say=said.append).hlo == "module 2"
+    (line,) = said
+    assert line.startswith(f"{kept} cannot be read (")
+    assert tpu_compile.compile_for("v5e:2x2", b"program", [], cache=tmp_path).hlo == "module 2"
+
+
+@needs_compiler
+def test_what_cannot_be_kept_is_not_lost(monkeypatch, tmp_path):
+    answered(monkeypatch)
+    said = []
+    (tmp_path / "file").write_text("")
+    found = tpu_compile.compile_for("v5e:2x2", b"program", [], cache=tmp_path / "file", say=said.append)
+    assert found.hlo == "module 1"
+    assert "cannot be written" in said[0]
+
+
+@needs_compiler
+def test_a_step_compiled_under_flags_is_another(monkeypatch, tmp_path):
+    runs = answered(monkeypatch)
+
+    def compiled(**flags):
+        for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
+            monkeypatch.setenv(name, flags.get(name, ""))
+        return tpu_compile.compile_for("v5e:2x2", b"program", [], cache=tmp_path).hlo
+
+    assert compiled() == "module 1"
+    assert compiled(LIBTPU_INIT_ARGS="--xla_jf_a=1") == "module 2"
+    assert compiled(XLA_FLAGS="--xla_dump_to=x") == "module 3"
+    assert compiled(XLA_FLAGS=" --xla_cpu_enable_fast_math=false") == "module 1"  # torch_xla's own
+    assert compiled(LIBTPU_INIT_ARGS="--xla_jf_a=1") == "module 2"
+    assert len(runs) == 3
+
+
+@needs_xla
+def test_programs_that_differ_in_a_packed_constant_are_told_apart(monkeypatch):
+    from dlrm_xla import xla_trace
+
+    line = '    %cst = stablehlo.constant dense<"0x{}"> : tensor<2xi32> loc("name.12")'
+    texts = []
+    for number in ("01020304", "01020305"):
+        monkeypatch.setattr(xla_trace.xm, "get_stablehlo", lambda results, n=number: line.format(n))
+        texts.append(xla_trace.plain_text([]))
+    assert texts[0] == '    %cst = stablehlo.constant dense<"0x01020304"> : tensor<2xi32> loc()'
+    assert texts[0] != texts[1]
+
+
+def compared(monkeypatch, ending):
+    """The launcher with steps that are not compiled: the second case ends in ``ending``."""
+    script = launch_script("compile_tpu")
+    reports = []
+
+    def report(config, chip, slice, cache, tracers):
+        if reports:
+            raise ending
+        reports.append({"fits": True, "plugin": config.plugin, "ratio": config.ratio})
+        return reports[0]
+
+    monkeypatch.setattr(script, "report_of_several", report)
+    monkeypatch.setattr(script.tpu_compare, "markdown", lambda found: f"table of {len(found)}")
+    monkeypatch.setattr(script.tpu_compare, "plot", lambda found, folder: None)
+    return script, reports
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.parametrize(("ending", "code"), [(UserError("no"), 2), (KeyboardInterrupt(), 130)])
+def test_what_is_finished_is_written_where_a_later_case_ends(ending, code, monkeypatch, tmp_path, capsys):
+    script, reports = compared(monkeypatch, ending)
+    command = ["--compare", "--plugin", "exact", "hash_rows", "--ratio", "4", "--cache", str(tmp_path)]
+    assert script.main([*command, "--out", str(tmp_path / "out" / "deep")]) == code
+    assert json.loads((tmp_path / "out" / "deep" / "reports.json").read_text()) == reports
+    assert reports[0]["ratio"] == 0  # exact tables have no size
+    assert "table of 1" in capsys.readouterr().out
+
+
+@needs_xla
+@needs_compiler
+@pytest.mark.parametrize(
+    ("plugins", "expected"), [(["hash_rows", "nothing"], "no plugin named"), (["exact", "hash_rows"], "--ratio 1e+12")]
+)
+def test_a_case_that_cannot_be_planned_ends_before_any_is_compiled(plugins, expected, monkeypatch, tmp_path, capsys):
+    script, reports = compared(monkeypatch, UserError("too late"))
+    command = ["--compare", "--ratio", "1e12", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "out")]
+    assert script.main([*command, "--plugin", *plugins]) == 2
+    assert reports == []
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@needs_xla
+@needs_compiler
+def test_a_terminated_launcher_ends_its_compiler(monkeypatch, tmp_path):
+    sleeps, pid = tmp_path / "sleeps", tmp_path / "pid"
+    sleeps.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")
+    sleeps.chmod(0o755)
+    script = launch_script("compile_tpu")
+
+    def terminate(line):
+        if pid.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def compiles(*rest):
+        tpu_compile.compile_for("v5e:2x2", b"", [], say=terminate)
+
+    monkeypatch.setattr(script, "report_of_several", compiles)
+    monkeypatch.setattr(tpu_compile, "SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(sys, "executable", str(sleeps))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            script.main(["--cache", str(tmp_path / "cache")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@needs_xla
+def test_a_tracer_does_not_hear_of_ctrl_c_and_ends_with_the_launcher(monkeypatch):
+    script = launch_script("compile_tpu")
+    monkeypatch.setattr(sys.modules[script.Tracers.__module__], "trace_steps", time.sleep)
+    tracers = script.Tracers()
+    monkeypatch.setattr(futures.Future, "result", lambda future: future)
+    future = tracers.trace(60, 4)
+    (child,) = multiprocessing.active_children()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{child.pid}/status").read_text())
+    assert int(blocked[1], 16) >> (signal.SIGINT - 1) & 1
+    tracers.close()
+    assert future.done()
+    assert not child.is_alive()
+
+
+@needs_xla
+def test_tables_are_those_of_the_data(tmp_path, capsys):
+    dataset, _ = synthesize(4000, [3000, 40], [2, 1], 0, True)
+    save_dataset(tmp_path / "data", dataset)
+    config = replace(small(), bottom=[8], top=[8], data=str(tmp_path / "data"))
+    script = launch_script("compile_tpu")
+    assert script.without_missing_data([config], None) == [config]
+    (longest, _, *shorter), _ = tpu_steps().trace_steps(config)
+    sent = [argument.shape for argument in longest.arguments if argument.name == "batch"]
+    assert {(64, dataset.dense.shape[1]), (64, 3)} <= set(sent)
+    assert shorter
+    rows = sum(dataset.num_rows(feature, 0) for feature in range(2))
+    assert max(a.shape[0] * a.shape[1] for a in longest.arguments if a.name.startswith("rows")) < 2 * 16 * rows
+    missing = replace(config, data=str(tmp_path / "gone"))
+    assert [c.data for c in script.without_missing_data([missing], tmp_path / "c.yaml")] == [""]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'c.yaml'}: its data {tmp_path / 'gone'} is not here; tables are synthetic")
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", "it needs 21.47 of 16.91 GB"),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (25.00G) exceeds available HBM "
+            "(15.75G).",
+            "it needs 27.84 of 16.91 GB",
+        ),
+        ("something else", "something else"),
+    ],
+)
+def test_a_refusal_says_how_much_is_missing(error, verdict):
+    assert tpu_steps()._refusal(error, 10**9, CHIPS["v5e"]) == f"DOES NOT FIT: {verdict}"
+
+
+def test_it_is_said_which_chips_cannot_hold_a_step():
+    found = {"one_chip_ms": 1.5, "efficiency_at_this_batch": None}
+    found |= {"one_chip_ms_of_its_part": None, "efficiency_at_this_batch_per_chip": None}
+    lines = launch_script("compile_tpu")._scaling({"scaling": found, "batch_size": 64, "devices": 4})
+    assert lines[1:] == [
+        "  the same batch of 64: 4 devices cannot hold it",
+        "  the same batch per chip, 16: one chip cannot hold it",
+    ]
 
 
 def small(**settings):
