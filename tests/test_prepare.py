@@ -1033,3 +1033,15 @@ def test_a_folder_that_may_not_be_written_is_told(small_log, tmp_path, capsys):
     assert main(["prepare", str(small_log), str(blocker / "p"), "--format", "criteo"]) == 2
     assert "cannot write" in capsys.readouterr().err
     assert set(os.listdir(tmp_path)) == {"file", "small.tsv"}
+
+
+def test_another_column_of_times_is_another_preparation(tmp_path):
+    """What an unfinished one has read already is not gone on with then."""
+    (tmp_path / "x.csv").write_text("y,a,b,c\n" + "".join(f"{k % 2},{k},{90 - k},v{k % 7}\n" for k in range(90)))
+    keys = []
+    for time_of in ("a", "b"):
+        text = f"label: y\ndense: [a]\ncategories: [c]\ntime: {time_of}\n"
+        (tmp_path / "l.yaml").write_text(text)
+        prepared_by(tmp_path / time_of, tmp_path / "x.csv", "--format", str(tmp_path / "l.yaml"))
+        keys.append(json.loads((tmp_path / time_of / "meta.json").read_text())["key"])
+    assert keys[0] != keys[1]

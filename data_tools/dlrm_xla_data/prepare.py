@@ -218,8 +218,9 @@ def prepare(
     elif options.protocol == "column" and not layout.split:
         raise UserError("--protocol column needs a layout with `split: COLUMN`")
     sources = [fingerprint(file) for file in files]
-    key = {"sources": sources, "layout": repr(layout), "options": json.loads(json.dumps(asdict(options)))}
-    key["layout"] = hashlib.sha256(key["layout"].split("derive=")[0].encode()).hexdigest()
+    described = {name: value for name, value in vars(layout).items() if not callable(value)}
+    digest = hashlib.sha256(repr(described).encode()).hexdigest()
+    key = {"sources": sources, "layout": digest, "options": json.loads(json.dumps(asdict(options)))}
     # Of what kind the files of an unfinished preparation are.
     key["ids_of"] = known.digest if known else "its own"
     with _alone(folder):
