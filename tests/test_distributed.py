@@ -444,7 +444,7 @@ def test_two_hosts_go_on_after_a_process_of_one_was_killed(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two"]
     command += ["--local-addr", "localhost", "--max-restarts", "3", RUN]
-    flags = settings_file(tmp_path, tables={}, sharding={}, epochs=6)
+    flags = settings_file(tmp_path, tables={}, sharding={}, epochs=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     logs = [tmp_path / f"host{k}.log" for k in range(2)]
     agents = []
