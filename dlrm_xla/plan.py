@@ -267,7 +267,8 @@ def held_bytes(shape: Sequence[int], dtype: torch.dtype, access: RowAccess) -> i
 
 def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = None, memory: float = 0) -> str:
     """The plan as a table for people, with totals, and whether they fit ``memory`` bytes."""
-    head = f"{'table':<10}{'rows':>12}{'dim':>5}{'bytes':>16}{'exact bytes':>16}{'ratio':>9}"
+    width = max(9, *(len(p.name) for p in plans)) + 1
+    head = f"{'table':<{width}}{'rows':>12}{'dim':>5}{'bytes':>16}{'exact bytes':>16}{'ratio':>9}"
     if training:
         head += f"{'padded':>17}{'optimizer':>17}{'gradient':>15}  {'placement':<10}"
     lines = [head + "  plugin"]
@@ -285,7 +286,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
         sums = TrainingBytes("", *(sum(getattr(t, f.name) for t in training) for f in fields(TrainingBytes)[1:]))
     for p, t in zip([*plans, total], [*shown, sums], strict=True):
         note = f"  ({p.note})" if p.note else ""
-        line = f"{p.name:<10}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
+        line = f"{p.name:<{width}}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
         line += f" {p.exact_bytes / p.bytes:>7,.1f}x"
         if t:
             line += f"{t.padded:>17,}{t.optimizer:>17,}{t.gradient:>15,}  {t.placement:<10}"

@@ -130,9 +130,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         name = f"`{r['plugin']}`" + ", compressed" * r["compressed"] + (f" on {r['device']}" if several else "")
         asked = f"{r['ratio asked']:g}x" if r["ratio asked"] else ""
         speed = "" if r["samples/s"] is None else f"{r['samples/s']:,.0f}"
+        spreads = [f"{r[f'{metric} spread']:.4f}" if r["seeds"] > 1 else "" for metric in ("auc", "log_loss")]
         lines.append(
             f"| {name} | {asked} | {r['ratio']:,.1f}x | {r['bytes']:,} | {r['training bytes']:,} | {r['auc']:.4f} | "
-            f"{r['auc spread']:.4f} | {r['log_loss']:.4f} | {r['log_loss spread']:.4f} | {speed} | "
+            f"{spreads[0]} | {r['log_loss']:.4f} | {spreads[1]} | {speed} | "
             f"{r['minimum count']} | {r['rates']} | {r['seeds']} |"
         )
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,10 +128,18 @@ def _xla(device: Device, wanted: bool) -> Iterator[Finding]:
         yield Finding("PJRT_DEVICE=TPU, but no TPU opened", "run on a TPU machine, or unset PJRT_DEVICE")
 
 
+def available_memory() -> int:
+    """Bytes that processes can have now: free ones, and where the kernel tells it those that it would give up."""
+    told = Path("/proc/meminfo")
+    if told.is_file() and (found := re.search(r"MemAvailable: +(\d+) kB", told.read_text())):
+        return 1024 * int(found[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
 def space(folder: Path) -> Iterator[Finding]:
     """Memory and disk."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    yield Finding(f"memory: {memory / 1e9:.1f} GB free", "" if memory > 1e9 else "end other processes")
+    memory = available_memory()
+    yield Finding(f"memory: {memory / 1e9:.1f} GB available now", "" if memory > 1e9 else "end other processes")
     free = shutil.disk_usage(folder).free
     yield Finding(
         f"disk: {free / 1e9:.1f} GB free at {folder.resolve()}", "" if free > 1e9 else "free space, or run elsewhere"
@@ -176,7 +185,8 @@ def plugins() -> Iterator[Finding]:
 
 def determinism() -> Iterator[Finding]:
     """Settings of the process that change bits."""
-    yield Finding(f"{torch.get_num_threads()} threads: runs with another number of threads may differ in the last bits")
+    threads = torch.get_num_threads()
+    yield Finding(f"{threads} thread{'s' * (threads > 1)}: runs with another number may differ in the last bits")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

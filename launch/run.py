@@ -138,9 +138,10 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     print(planning.text(plan.bags))
     print(plan.ratio())
     if config.plugin != registry.EXACT and all(p.plugin == registry.EXACT for p in plan.bags):
+        remedy = "Take a larger --ratio" if config.ratio else "Lower --min-rows, take options that keep less"
         print(
-            f"*** {config.plugin} REPLACES NO TABLE: all stay exact, for the reasons above. Lower --min-rows, take "
-            "more rows, a larger --ratio or options that keep less; this run says nothing about the plugin."
+            f"*** {config.plugin} REPLACES NO TABLE: all stay exact, for the reasons above. {remedy}, or more rows; "
+            "this run says nothing about the plugin."
         )
     shards = None
     if ranks.part[1] > 1:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 # What a run imports only where it needs it, which all do.
@@ -56,7 +57,10 @@ def main() -> int:
     for name in ("run", *LATE):
         importlib.import_module(name)
     for line in sys.stdin:
-        child = os.fork()
+        with warnings.catch_warnings():
+            # Python warns of other threads' locks, but these are pools of libraries, which wait for work.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
         if not child:
             _work(json.loads(line))
         print(json.dumps({"pid": child}), flush=True)

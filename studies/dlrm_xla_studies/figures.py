@@ -107,7 +107,9 @@ def quality(
             told = f"exact, ids seen {row['min_count']:g}+ times" if "min_count" in row else "exact"
             line = ("--", ":", "-.")[k % 3]
             axes.axhline(row[f"{metric}_mean"], color="#555555", linestyle=line, linewidth=1.1, label=told)
-            axes.plot(row[against], row[f"{metric}_mean"], marker="s", color="#555555", markersize=4, linestyle="")
+            error = 0.0 if many or math.isnan(row[f"{metric}_error"]) else row[f"{metric}_error"]
+            axes.errorbar(row[against], row[f"{metric}_mean"], yerr=error, marker="s", color="#555555", markersize=4,
+                          linestyle="", capsize=1.5)  # fmt: skip
         for plugin, group in sorted(here[here["plugin"] != EXACT].groupby("plugin"), key=lambda pair: str(pair[0])):
             group = group.sort_values("embedding_bytes")
             axes.errorbar(
