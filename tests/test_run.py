@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -246,7 +247,8 @@ def test_a_disk_that_fills_while_training_is_told(tmp_path, capsys, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dlrm_xla.tensor_file.os.fsync", full)
+    # Of checkpoints alone: the module is not that of the run folder's other files.
+    monkeypatch.setattr("dlrm_xla.tensor_file.os", types.SimpleNamespace(**vars(os) | {"fsync": full}))
     out = tmp_path / "run"
     assert launcher.main([*QUICK, "--out", str(out)]) == 2
     printed = capsys.readouterr().err
