@@ -46,7 +46,7 @@ def test_seeds_of_one_setting_are_one_row(run_folder, capsys):
     ]
     assert compare.main(list(map(str, folders))) == 0
     first, second = capsys.readouterr().out.splitlines()[2:]
-    assert first == "| `b` | 10x | 10.1x | 99,000 | 12 | 0.8000 | 0.0000 | 0.4000 | 0.0000 | 5 | 4 | row lr 0.04 | 1 |"
+    assert first == "| `b` | 10x | 10.1x | 99,000 | 12 | 0.8000 |  | 0.4000 |  | 5 | 4 | row lr 0.04 | 1 |"
     assert second == "| `a` | 10x | 10.1x | 99,000 | 12 | 0.7600 | 0.0200 | 0.4000 | 0.0000 | 5 | 4 | row lr 0.02 | 2 |"
 
 
