@@ -259,7 +259,7 @@ _UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
 # The same where the table is in the chip's own memory: 28,672 rows of 1,070 and 8,960 lines, 43,008 of 71,162 lines,
 # which are brought there and sorted first (the sort is an operation of its own). Two TensorCores share v4 and v5p. Of
 # TPU7x the figures are those of v6e, but for 6.2 bundles of small updates.
-_NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 1.9, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
+_NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 2.0, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
 _NEAR_LINE_CYCLES = 1.2  # of further lines: 351 columns of 2,048 numbers issue 1.19 a line on v5e and v6e
 _NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 6.2}
 _NEAR_SORTED_UPDATE_CYCLES = {"v4": 11.3, "v5e": 8.8, "v5p": 8.8, "v6e": 8.3, "tpu7x": 8.3}
@@ -289,7 +289,8 @@ def near_update_seconds(chip: Chip, rows: int, width: int, *, is_sorted: bool) -
 
 
 # Bundles of each block and of each vector register (8 x 128 numbers of 32 bits) of it: gathers and scatters of blocks
-# of 12 and 128 registers on five chips issue 89 to 118 and 160 to 448 (libtpu 0.0.42; launch/tpu_theory.py).
+# of 12 and 128 registers on v4 to v6e issue 89 to 118 and 160 to 448 (launch/tpu_theory.py --parts blocks; turns of
+# loops that depend on data take 4 or 16 blocks, by their copies).
 _BLOCK_CYCLES, _REGISTER_CYCLES = 80, 2.0
 
 

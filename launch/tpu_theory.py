@@ -159,6 +159,42 @@ def on_chip() -> dict[str, Any]:
     return result
 
 
+def blocks() -> dict[str, Any]:
+    """Kernels that look up and add blocks of two dimensions, and columns; loops that go by data count as one turn."""
+    import jax.numpy as jnp
+    import tpu_programs
+    from tpu_programs import compile_for
+
+    tpu_programs.read_kernels()
+
+    def gather(axis: int) -> Callable[..., Any]:
+        return lambda array, ids_N: jnp.take(array, ids_N, axis=axis, mode="clip")
+
+    def add(array: Any, ids_N: Any, values: Any) -> Any:
+        return array.at[ids_N].add(values)
+
+    cases: list[tuple[str, Callable[..., Any], tuple[int, ...], int]] = [
+        ("lookup", gather(0), (342, 116, 928), 448),
+        ("lookup", gather(0), (144, 128, 1024), 263),
+        ("lookup", gather(0), (66, 48, 256), 189),
+        ("columns", gather(1), (2048, 729), 351),
+        ("columns", gather(1), (32_768, 729), 351),
+        ("update", add, (342, 128, 1024), 448),
+        ("update", add, (66, 48, 256), 189),
+    ]
+    result: dict[str, Any] = {}
+    for chip in CHIPS.values():
+        for name, function, shape, count in cases:
+            shapes = [(shape, jnp.float32), ((count,), jnp.int32)]
+            values = [((count, *shape[1:]), jnp.float32)] if name == "update" else []
+            program = compile_for(chip, function, [*shapes, *values], [0] if values else [])
+            kernels = [vars(k) for k in program.kernels if re.match("gather|scatter", k.name)]
+            what = f"{chip.name} {name} {'x'.join(map(str, shape))} {count}"
+            result[what] = kernels
+            print(what, [(k["issued"], k["loops"]) for k in kernels], flush=True)
+    return result
+
+
 def one_hot() -> dict[str, Any]:
     """Cycles of a one-hot product over the rows of a table."""
     import jax.numpy as jnp
@@ -244,6 +280,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "storage": storage,
     "programs": programs,
     "on_chip": on_chip,
+    "blocks": blocks,
     "one_hot": one_hot,
     "families": families,
 }
