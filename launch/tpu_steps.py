@@ -183,8 +183,8 @@ def _counted(stack: RowStack) -> list[int]:
 
 def _touched(stack: RowStack, optimizer: StackOptimizer, ids: int, num_chips: int) -> Touched:
     kinds = optimizer.rule.states
-    # States may be of another type than rows; bytes are of the larger.
-    size = max(
+    # States may be of another type than rows; a bound is of the smaller.
+    size = min(
         storage_bytes(array.shape, array.dtype) for array in (stack.rows, *optimizer.states()) if array.dim() > 1
     )
     numbers = sum(storage_bytes(state.shape, state.dtype) for state in optimizer.states() if state.dim() == 1)

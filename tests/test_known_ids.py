@@ -68,20 +68,26 @@ def test_values_have_the_ids_that_they_had(flags, tmp_path, capsys):
     assert "--evaluate" in told
 
 
-def test_the_same_rows_get_the_same_scores(tmp_path, capsys):
+CRITEO = ("--format", "criteo")
+
+
+def trained(folder, *flags):
+    """The lines of a log that is prepared as ``train``, and the best checkpoint of a run on it."""
     rng = np.random.default_rng(0)
     log = [criteo_line(rng) + "\n" for _ in range(1400)]
-    (tmp_path / "train.tsv").write_text("".join(log))
-    criteo = ("--format", "criteo")
-    assert prepare(tmp_path / "train.tsv", tmp_path / "train", *criteo) == 0
-    run = tmp_path / "run"
-    flags = ["--batch-size", "128", "--min-rows", "10", "--min-count", "2", "--plugin", "hash_rows:rows=9"]
-    assert launcher.main(["--data", str(tmp_path / "train"), *flags, "--out", str(run)]) == 0
-    best = str(run / "checkpoints" / "best.safetensors")
+    (folder / "train.tsv").write_text("".join(log))
+    assert prepare(folder / "train.tsv", folder / "train", *CRITEO) == 0
+    flags = ["--data", str(folder / "train"), "--batch-size", "128", *flags, "--out", str(folder / "run")]
+    assert launcher.main(flags) == 0
+    return log, str(folder / "run" / "checkpoints" / "best.safetensors")
+
+
+def test_the_same_rows_get_the_same_scores(tmp_path, capsys):
+    log, best = trained(tmp_path, "--min-rows", "10", "--min-count", "2", "--plugin", "hash_rows:rows=9")
     assert launcher.main(["--evaluate", best, "--out", str(tmp_path / "a.parquet")]) == 0
     start, stop = open_prepared(tmp_path / "train").splits["test"]
     (tmp_path / "later.tsv").write_text("".join(log[start:stop]))
-    assert prepare(tmp_path / "later.tsv", tmp_path / "later", *criteo, "--ids-of", tmp_path / "train") == 0
+    assert prepare(tmp_path / "later.tsv", tmp_path / "later", *CRITEO, "--ids-of", tmp_path / "train") == 0
     assert (
         launcher.main(["--evaluate", best, "--data", str(tmp_path / "later"), "--out", str(tmp_path / "b.parquet")])
         == 0
@@ -94,18 +100,11 @@ def test_the_same_rows_get_the_same_scores(tmp_path, capsys):
 
 
 def test_rows_without_labels_get_the_same_scores(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    log = [criteo_line(rng) + "\n" for _ in range(1400)]
-    (tmp_path / "train.tsv").write_text("".join(log))
-    criteo = ("--format", "criteo")
-    assert prepare(tmp_path / "train.tsv", tmp_path / "train", *criteo) == 0
-    run = tmp_path / "run"
-    assert launcher.main(["--data", str(tmp_path / "train"), "--batch-size", "128", "--out", str(run)]) == 0
-    best = str(run / "checkpoints" / "best.safetensors")
+    log, best = trained(tmp_path)
     rows = log[:300]
     (tmp_path / "labelled.tsv").write_text("".join(rows))
     (tmp_path / "unlabelled.tsv").write_text("".join(row.partition("\t")[2] for row in rows))
-    later = (*criteo, "--ids-of", tmp_path / "train")
+    later = (*CRITEO, "--ids-of", tmp_path / "train")
     assert prepare(tmp_path / "labelled.tsv", tmp_path / "a", *later) == 0
     assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "b", *later, "--unlabelled") == 0
     assert "300 rows, no labels" in capsys.readouterr().out
@@ -124,7 +123,7 @@ def test_rows_without_labels_get_the_same_scores(tmp_path, capsys):
     assert json.loads((tmp_path / "stats.json").read_text())["click_rate"]["test"] is None
     assert prepare(tmp_path / "labelled.tsv", tmp_path / "c", *later, "--unlabelled") == 2
     assert "40 tab-separated columns, expected 39: 13 integers, 26 categories" in capsys.readouterr().err
-    assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "c", *criteo, "--unlabelled") == 2
+    assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "c", *CRITEO, "--unlabelled") == 2
     assert "Give --ids-of" in capsys.readouterr().err
     assert prepare(tmp_path / "unlabelled.tsv", tmp_path / "c", *later) == 2
     assert "--unlabelled" in capsys.readouterr().err
