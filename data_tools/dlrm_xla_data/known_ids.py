@@ -21,16 +21,10 @@ VALUES, IDS = "values", "value_ids"
 
 
 @dataclass(frozen=True)
-class KnownIds:
-    """The values and ids of a dataset's tables, mapped from its folder, and what it was prepared with."""
+class ValueIds:
+    """The values and ids of a dataset's tables, mapped from its folder."""
 
-    folder: Path
-    meaning: str
-    options: dict[str, Any]
-    bag_lengths: list[int]
-    counts: list[NDArray[np.int64]]
     tables: list[tuple[Codes, NDArray[np.int32]]]
-    digest: str
 
     def ids(self, table: int, codes: Codes) -> NDArray[np.int32]:
         """Ids of codes; 0 where they have none."""
@@ -42,26 +36,53 @@ class KnownIds:
         return np.where(values[at] == codes, ids[at], np.int32(0))
 
 
-def read_known(folder: Path) -> KnownIds:
-    """The ids of a prepared folder; a UserError where it does not have them."""
-    meta = read_meta(folder)
+@dataclass(frozen=True)
+class KnownIds:
+    """The values and ids of a dataset, and what it was prepared with."""
+
+    folder: Path
+    meaning: str
+    options: dict[str, Any]
+    bag_lengths: list[int]
+    counts: list[NDArray[np.int64]]
+    values: ValueIds
+    digest: str
+
+
+def read_values(folder: Path, meta: dict[str, Any]) -> ValueIds:
+    """The values and ids of a prepared folder with that metadata; a UserError where it does not have them."""
     if origin := meta.get("ids_of"):
-        raise UserError(f"--ids-of {folder}: its ids are those of {origin['folder']}. Name that folder.")
+        raise UserError(f"{folder}: its ids are those of {origin['folder']}. Name that folder.")
+    again = "Prepare its log again, into another folder."
     if "values_per_table" not in meta:
-        remedy = "Prepare its log again, into another folder." if "key" in meta else "Its rows are synthetic."
-        raise UserError(f"--ids-of {folder}: what its ids stand for was not kept when it was made. {remedy}")
-    dataset = open_prepared(folder)
-    ends = np.cumsum(meta["values_per_table"])[:-1]
+        remedy = again if "key" in meta else "Its rows are synthetic."
+        raise UserError(f"{folder}: what its ids stand for was not kept when it was made. {remedy}")
+    sizes = meta["values_per_table"]
     try:
-        parts = [np.split(np.load(folder / f"{name}.npy", mmap_mode="r"), ends) for name in (VALUES, IDS)]
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in (VALUES, IDS)]
+        for name, array in zip((VALUES, IDS), arrays, strict=True):
+            if array.shape != (sum(sizes),):
+                raise ValueError(f"{name}.npy is {array.shape}, meta.json says {sum(sizes):,} values")
     except (OSError, ValueError) as error:
-        raise UserError(f"--ids-of {folder}: {error}. Prepare its log again, into another folder.") from error
+        raise UserError(f"{folder}: {error}. {again}") from error
+    parts = [np.split(np.asarray(array), np.cumsum(sizes)[:-1]) for array in arrays]
+    return ValueIds(list(zip(*parts, strict=True)))
+
+
+def read_known(folder: Path) -> KnownIds:
+    """The ids of a prepared folder for a preparation; a UserError where it does not have them."""
+    meta = read_meta(folder)
+    try:
+        values = read_values(folder, meta)
+    except UserError as error:
+        raise UserError(f"--ids-of {error}") from error
+    dataset = open_prepared(folder)
     return KnownIds(
         folder.resolve(),
         meta["meaning"],
         meta["options"],
         dataset.bag_lengths,
         dataset.counts,
-        list(zip(*parts, strict=True)),
+        values,
         meta["checksums"][VALUES] + meta["checksums"][IDS],
     )

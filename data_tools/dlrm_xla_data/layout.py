@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ class Layout:
     def meaning(self) -> str:
         """What decides which numbers and ids a row has, whatever else its file holds and in which order."""
         return repr((self.dense, self.categories, self.quoted, self.integers, self.derived, self.parquet))
+
+    def features(self) -> dict[str, Any]:
+        """What a row is read by when it has neither a label nor a part, for `of_features`."""
+        return {
+            "layout": self.name,
+            "dense": self.dense,
+            "categories": [asdict(category) for category in self.categories],
+            "integers": self.integers,
+            "parquet": self.parquet,
+        }
 
     def for_later_rows(self) -> Layout:
         """The same without what only a split needs."""
@@ -229,6 +239,23 @@ def movielens(file: Path) -> Layout:
         categories=(Category("user", NUMBER), Category("movie", NUMBER)),
         time="timestamp",
     )
+
+
+def of_features(features: dict[str, Any]) -> Layout:
+    """The layout of rows without label and part that `Layout.features` describes."""
+    layout = Layout(
+        features["layout"],
+        columns=None,
+        delimiter="",
+        label=None,
+        dense=features["dense"],
+        categories=tuple(Category(**category) for category in features["categories"]),
+        integers=features["integers"],
+        parquet=features["parquet"],
+    )
+    if layout.name != "avazu":
+        return layout
+    return replace(layout, derive=_avazu_hours, derived=avazu().derived, time=avazu().time)
 
 
 _KEYS = ("format", "delimiter", "quoted", "columns", "label", "dense", "categories", "time", "split")

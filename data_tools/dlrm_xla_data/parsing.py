@@ -6,6 +6,7 @@ among n values two meet with a probability of about n^2 / 2^65 (3e-5 for 30 mill
 
 from __future__ import annotations
 
+import base64
 import csv as python_csv
 import functools
 import hashlib
@@ -66,7 +67,7 @@ def parse(block: Block, layout: Layout, keep_good: bool = False) -> Parsed:
     left out and listed in ``bad`` instead.
     """
     try:
-        return _columns(_read(block.data, layout), layout)
+        return parse_table(_read(block.data, layout), layout)
     except Misfit as misfit:
         bad: list[tuple[Path, int, str]] = []
         good = []
@@ -83,7 +84,7 @@ def parse(block: Block, layout: Layout, keep_good: bool = False) -> Parsed:
         if not bad:
             raise UserError(f"{block.path}, lines {block.first_line} to {_last_line(block)}: {misfit}") from misfit
         try:
-            parsed = _columns(_read(b"".join(line + b"\n" for line in good), layout), layout)
+            parsed = parse_table(_read(b"".join(line + b"\n" for line in good), layout), layout)
         except Misfit as again:
             raise UserError(f"{block.path}, lines {block.first_line} to {_last_line(block)}: {again}") from again
         parsed.bad = bad
@@ -106,6 +107,21 @@ def list_columns(files: Sequence[Path]) -> set[str]:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read as Parquet: {error}") from error
     return found
+
+
+def feature_schema(path: Path, layout: Layout) -> str:
+    """The types of a Parquet file's columns that features are made of, as Arrow writes a schema, in base64."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = {*layout.dense, *(category.name for category in layout.categories)}
+    fields = [
+        # What a dictionary stands for: requests hold the values themselves.
+        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+        for field in pq.read_schema(path)
+        if field.name in features
+    ]
+    return base64.b64encode(pa.schema(fields).serialize()).decode()
 
 
 def _is_list(kind: Any) -> bool:
@@ -139,7 +155,7 @@ def _parsed_rows(table: Any, layout: Layout, path: Path, before: int, most_bad: 
     import pyarrow as pa
 
     try:
-        return _columns(table, layout)
+        return parse_table(table, layout)
     except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as misfit:
         found = _bad_rows(table, layout, most_bad + 1)
         if found and not most_bad:
@@ -151,7 +167,7 @@ def _parsed_rows(table: Any, layout: Layout, path: Path, before: int, most_bad: 
             no_dense = np.zeros((0, len(layout.dense)), np.float32)
             return Parsed(none.astype(np.int8), no_dense, no_codes, [None] * len(no_codes), none, bad)
         try:
-            parsed = _columns(_taken(table, np.delete(np.arange(len(table)), [k for k, _ in found])), layout)
+            parsed = parse_table(_taken(table, np.delete(np.arange(len(table)), [k for k, _ in found])), layout)
         except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as again:
             raise UserError(f"{path}, rows {before + 1} to {before + len(table)}: {again}") from again
         parsed.bad = bad
@@ -167,7 +183,7 @@ def _bad_rows(table: Any, layout: Layout, most: int) -> list[tuple[int, str]]:
     while waiting and len(found) < most:
         first, stop = waiting.pop()
         try:
-            _columns(_taken(table, np.arange(first, stop)), layout)
+            parse_table(_taken(table, np.arange(first, stop)), layout)
         except (Misfit, pa.ArrowInvalid, pa.ArrowNotImplementedError) as misfit:
             if stop - first == 1:
                 found.append((first, str(misfit)))
@@ -184,19 +200,27 @@ def _taken(table: Any, rows: NDArray[np.int64]) -> Any:
     return table.take(pa.array(rows, pa.int64()))
 
 
-def _read(data: bytes, layout: Layout) -> Any:
+def text_types(layout: Layout, names: Sequence[str]) -> dict[str, Any]:
+    """As what Arrow reads those of the columns of a text log that are needed, in their order."""
     import pyarrow as pa
-    from pyarrow import csv
 
-    assert layout.columns is not None
-    needed = [n for n in layout.columns if n in set(layout.needed) | ({"hour"} if layout.derive else set())]
-    types = {name: pa.binary() for name in needed}
+    types = {name: pa.binary() for name in names if name in layout.needed}
     types |= dict.fromkeys((n for n in layout.dense if n in types), pa.int64() if layout.integers else pa.float64())
     if layout.label:
         types[layout.label] = pa.float64() if layout.above is not None else pa.int8()
     types |= {n: pa.int64() for n in types if layout.kind(n) == NUMBER}
     if layout.time:
         types[layout.time] = pa.string() if layout.dates else pa.int64()
+    return types
+
+
+def _read(data: bytes, layout: Layout) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    assert layout.columns is not None
+    types = text_types(layout, layout.columns)
+    needed = list(types)
     if not data.strip(b"\n"):
         return pa.table({n: pa.array([], types[n]) for n in needed})
     if data.startswith(BYTE_ORDER_MARK):
@@ -222,7 +246,8 @@ def _read(data: bytes, layout: Layout) -> Any:
     return table
 
 
-def _columns(table: Any, layout: Layout) -> Parsed:
+def parse_table(table: Any, layout: Layout) -> Parsed:
+    """Parses an Arrow table; Misfit where a row is not of the layout."""
     import pyarrow as pa
 
     order = None
@@ -434,7 +459,7 @@ def _from_hex(column: Any, name: str) -> NDArray[np.int64]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    filled = column.fill_null(b"0" * 8)
+    filled = column.fill_null(b"0" * 8) if column.null_count else column
     sizes = pc.binary_length(filled)
     shortest, longest = pc.min_max(sizes).as_py().values() if len(filled) else (8, 8)
     if longest > 8 or shortest == 0:
@@ -478,21 +503,21 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
     values = dict(zip(layout.columns, fields, strict=True))
     if layout.label:
         label = values[layout.label]
-        if layout.above is None and _integer(label, 8) not in (0, 1):
+        if layout.above is None and read_integer(label, 8) not in (0, 1):
             return f"the label is {_shown(label)}, expected 0 or 1{_label_fix(layout)}"
-        if layout.above is not None and not _is_number(label):
+        if layout.above is not None and not is_number(label):
             return f"the label is {_shown(label)}, expected a number"
     for name in layout.dense:
         value = values.get(name, b"")
-        if layout.integers and value and _integer(value) is None:
+        if layout.integers and value and read_integer(value) is None:
             return f"column {name} is {_shown(value)}, expected an integer or nothing"
-        if not layout.integers and value and not _is_number(value, _FLOAT32_MAX):
+        if not layout.integers and value and not is_number(value, _FLOAT32_MAX):
             return f"column {name} is {_shown(value)}, expected a number or nothing"
     for category in layout.categories:
         value = values.get(category.name, b"")
         if value and category.kind == HEX and (len(value) > 8 or any(b not in _DIGITS for b in value)):
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[HEX]}"
-        if value and category.kind == NUMBER and _integer(value) is None:
+        if value and category.kind == NUMBER and read_integer(value) is None:
             return f"column {category.name} is {_shown(value)}, expected {_TEXT_OF_KIND[NUMBER]}"
         if value and _is_real(layout, category.name) and not _is_whole(value):
             return f"column {category.name} is {_shown(value)}, expected a whole number, for it is a category too"
@@ -500,7 +525,7 @@ def problem_of(line: bytes, layout: Layout) -> str | None:
         problem = _no_time(values[layout.time], layout)
         if problem:
             return f"column {layout.time} is {_shown(values[layout.time])}, {problem}"
-    elif layout.time and _integer(values[layout.time]) is None:
+    elif layout.time and read_integer(values[layout.time]) is None:
         fix = f", or, with `time: {{column: {layout.time}, kind: date}}`, {_DATES}" if layout.own else ""
         return f"column {layout.time} is {_shown(values[layout.time])}, expected an integer{fix}: it orders the rows"
     if layout.time and layout.derive is not None:
@@ -518,7 +543,7 @@ def _underived(derive: Callable[[Any], Any], name: str, value: bytes) -> str | N
     import pyarrow as pa
 
     try:
-        derive(pa.table({name: pa.array([_integer(value)], pa.int64())}))
+        derive(pa.table({name: pa.array([read_integer(value)], pa.int64())}))
     except ValueError as error:
         return str(error)
     return None
@@ -542,7 +567,7 @@ def _named(layout: Layout) -> list[str]:
     return names if len(names) < 8 else [*names[:4], "...", names[-1]]
 
 
-def _integer(value: bytes, bits: int = 64) -> int | None:
+def read_integer(value: bytes, bits: int = 64) -> int | None:
     """The number that Arrow reads, None where it reads none: spaces around it and hexadecimal digits are well."""
     text = value.strip(b" \t")
     if re.fullmatch(rb"0[xX][0-9a-fA-F]{1,%d}" % (bits // 4), text):
@@ -554,7 +579,7 @@ def _integer(value: bytes, bits: int = 64) -> int | None:
     return number if -(2 ** (bits - 1)) <= number < 2 ** (bits - 1) else None
 
 
-def _is_number(value: bytes, most: float = sys.float_info.max) -> bool:
+def is_number(value: bytes, most: float = sys.float_info.max) -> bool:
     """Whether Arrow reads a finite number of at most this size."""
     text = value.strip(b" \t")
     return bool(re.fullmatch(rb"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text)) and abs(float(text)) <= most

@@ -33,7 +33,7 @@ from dlrm_xla_data.assembly import assemble, join, sha256
 from dlrm_xla_data.known_ids import IDS, VALUES, KnownIds
 from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.lines import Block, Digests, Place
-from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, list_columns, parse, parse_parquet
+from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, feature_schema, list_columns, parse, parse_parquet
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared, read_meta, save_meta, written_whole
 from dlrm_xla_data.protocols import BY_TIME, PROTOCOLS, TRAIN, Split, all_test, make_split
 from dlrm_xla_data.raw_columns import RawColumns
@@ -247,7 +247,9 @@ def prepare(
                 values, ids = zip(*(_value_files(columns, k) for k in range(len(per_table))), strict=True)
                 join(scratch / f"{IDS}.npy", np.int32, ids)
                 sizes = join(scratch / f"{VALUES}.npy", np.int64, values)
-                about |= {"values_per_table": sizes, "meaning": layout.meaning}
+                about |= {"values_per_table": sizes, "meaning": layout.meaning, "features": layout.features()}
+                if layout.parquet:
+                    about["schema"] = feature_schema(files[0], layout)
                 arrays += [VALUES, IDS]
             with ThreadPoolExecutor(THREADS) as pool:
                 digests = dict(zip(arrays, pool.map(lambda n: sha256(scratch / f"{n}.npy"), arrays), strict=True))
@@ -490,7 +492,7 @@ def _write_known_ids(columns: RawColumns, k: int, split: Split, known: KnownIds)
     unfinished = ids_file.with_suffix(".ids.new")
     with unfinished.open("wb") as out:
         for codes in _larger(_codes_and_missing(columns, k, split)):
-            out.write(known.ids(k, codes).data)
+            out.write(known.values.ids(k, codes).data)
     known.counts[k].tofile(counts_file)
     os.replace(unfinished, ids_file)
     columns.delete(f"{k}.codes")
