@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +51,21 @@ def _freeze(module: nn.Module) -> None:
             part.register_buffer(name, buffers[parameter])
 
 
+def _widen(module: nn.Module) -> None:
+    """Makes bfloat16 buffers float32, the same numbers."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.dtype == torch.bfloat16:
+                setattr(part, name, buffer.float())
+
+
 def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> list[str]:
     """Writes `model.pt2` for any batch size, `stablehlo/` for ``batch`` samples, and `interface.json`; returns names.
 
     Both map (dense_BI float32, ids_BS int32) to click probabilities [B]. Tables are in them as they are stored to
-    serve, codes of quantized rows packed, so ``scorer`` cannot be trained any more. StableHLO needs torch_xla and is
-    left out where that is missing.
+    serve, codes of quantized rows packed, so ``scorer`` cannot be trained any more; but for bfloat16 ones, which are
+    float32 in StableHLO: torch_xla writes its arrays by numpy, which has no bfloat16. StableHLO needs torch_xla and is
+    left out where that is missing. The folder appears when it is whole.
 
     Raises UserError where a plugin cannot be exported.
     """
@@ -70,21 +82,16 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
         with torch.no_grad():
             # From an example of one sample torch takes the size for fixed.
             flexible = torch.export.export(scorer, example(max(2, batch)), dynamic_shapes=({0: size}, {0: size}))
-            fixed = torch.export.export(scorer, example(batch))
+            lowered = open_xla_first()
+            if lowered:
+                _widen(scorer)
+                fixed = torch.export.export(scorer, example(batch))
     except Exception as error:  # whatever torch makes of a stranger's plugin
         first = str(error).partition("\n")[0]
         raise UserError(
             f"torch.export cannot take this model: {first} Look at the plugins: a len() of a tensor or a Python number "
             "made of a shape ties a program to one batch size."
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.export.save(flexible, folder / TORCH)
-    written = [TORCH]
-    if open_xla_first():
-        from dlrm_xla.xla_export import save_stablehlo
-
-        save_stablehlo(fixed, folder / STABLEHLO)
-        written.append(STABLEHLO)
     interface = {
         "inputs": {"dense_BI": ["batch", described["num_dense"]], "ids_BS": ["batch", width]},
         "types": {"dense_BI": "float32", "ids_BS": "int32"},
@@ -99,5 +106,28 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
         "tables": described["tables"],
         "step": about["step"],
     }
-    (folder / "interface.json").write_text(json.dumps(interface, indent=1) + "\n")
+    written = [TORCH]
+    with _whole(folder) as scratch:
+        torch.export.save(flexible, scratch / TORCH)
+        if lowered:
+            from dlrm_xla.xla_export import save_stablehlo
+
+            save_stablehlo(fixed, scratch / STABLEHLO)
+            written.append(STABLEHLO)
+        (scratch / "interface.json").write_text(json.dumps(interface, indent=1) + "\n")
     return [*written, "interface.json"]
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder that gets its name when all is in it, and vanishes when that fails; UserError of the disk."""
+    scratch = folder.with_name(f"{folder.name}.unfinished")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        scratch.rename(folder)  # in the place of an empty one too
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}. Name a folder elsewhere (--out).") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -119,6 +119,43 @@ def test_exported_programs_give_the_models_probabilities(spec, tmp_path):
 
 
 @needs_xla
+@LOADS
+@pytest.mark.parametrize("spec", ["exact", "hash_rows:rows=20", "hot_cold:hot=9+hash_rows:rows=9"])
+def test_programs_of_rows_in_bfloat16(spec, tmp_path):
+    from torch_xla.stablehlo import StableHLOGraphModule
+
+    about = _described(spec)
+    scorer = serving.Scorer(serving.build(about["model"], torch.bfloat16), about["model"]["bag_lengths"]).eval()
+    with torch.no_grad():
+        expected = scorer(*_inputs(6))
+    assert export(scorer, about, tmp_path / "e", batch=6) == ["model.pt2", "stablehlo", "interface.json"]
+    program = torch.export.load(tmp_path / "e" / "model.pt2").module()
+    assert torch.bfloat16 in {buffer.dtype for buffer in program.buffers()}
+    stablehlo = StableHLOGraphModule.load(str(tmp_path / "e" / "stablehlo"))
+    for found in (program(*_inputs(6)), stablehlo(*_inputs(6)).cpu()):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@needs_xla
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    about = _described("exact")
+
+    def scorer():
+        return serving.Scorer(serving.build(about["model"]), about["model"]["bag_lengths"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dlrm_xla.xla_export.save_stablehlo", full)
+    with pytest.raises(UserError, match=r"cannot write .*e: No space left on device"):
+        export(scorer(), about, tmp_path / "e", batch=6)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    export(scorer(), about, tmp_path / "e", batch=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+@needs_xla
 def test_a_program_is_as_small_as_what_is_served(tmp_path):
     about = _described("hash_rows:rows=100000+int4")
     about["model"]["tables"] = [{"name": "a", "rows": 900_000, "dim": 16, "plugin": "hash_rows:rows=100000+int4"}]
