@@ -186,7 +186,12 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
             raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be 0 or a number above it")
     for name in ("dense_lr", "row_lr", "save_minutes", "rank_patience", "decay_power"):
         if not 0 < getattr(config, name) < float("inf"):
-            raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be above 0")
+            raise UserError(f"{name} is {getattr(config, name)} ({origins[name]}), but must be a number above 0")
+    if config.decay_steps and config.decay_start < config.warmup_steps:
+        raise UserError(
+            f"decay_start is {config.decay_start} ({origins['decay_start']}), but learning rates still rise until "
+            f"warmup_steps, {config.warmup_steps}. Let decay_start be at least that."
+        )
     if config.seed >= 2**32:
         raise UserError(f"seed is {config.seed} ({origins['seed']}), but must be below 2^32")
     if not config.plugin.strip():
@@ -201,6 +206,10 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
     for name, sharding in config.sharding.items():
         if sharding not in SHARDINGS:
             raise UserError(f"sharding of table {name} cannot be {sharding!r}; {choices(sharding, SHARDINGS)}")
+    if not config.synthetic_tables and not config.data:
+        raise UserError(
+            f"synthetic_tables is empty ({origins['synthetic_tables']}); name the rows of each table, or give --data"
+        )
     if config.synthetic_bags and len(config.synthetic_bags) != len(config.synthetic_tables):
         raise UserError(
             f"synthetic_bags has {len(config.synthetic_bags)} numbers for {len(config.synthetic_tables)} tables"

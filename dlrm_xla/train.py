@@ -41,8 +41,8 @@ def learning_rate_factor(config: Config, step: int) -> float:
     """Share of the full learning rates at a step, counted from 0.
 
     Linear warm-up ((step + 1) / warmup_steps), then 1, then ((end - step) / decay_steps)^decay_power from
-    decay_start to end = decay_start + decay_steps, then 0: the schedule of facebookresearch/dlrm's LRPolicyScheduler,
-    which decays to 1e-7 and goes on with the last rate that it had.
+    decay_start to end = decay_start + decay_steps, then 0. That of facebookresearch/dlrm's LRPolicyScheduler decays one
+    step earlier, keeps (warmup_steps - 1) / warmup_steps between the two, and goes on with the last rate that it had.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

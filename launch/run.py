@@ -126,6 +126,11 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
     about = start[1] if start else {}
     outcome = Outcome(**about.get("outcome", {}))
     total = loader.num_batches("train") * config.epochs
+    if config.decay_steps and (end := config.decay_start + config.decay_steps) < total:
+        noted(
+            f"learning rates are 0 from step {end:,} on, of {total:,}: what comes after changes nothing. Let "
+            "decay_start and decay_steps together be as many steps as the run."
+        )
     if resumed and start and ranks.from_first(partial(is_finished, resumed, config, outcome, total)):
         if outcome.steps < total:
             print(f"{resumed} stopped early, at step {outcome.steps:,} of {total:,}; a larger --patience trains on")

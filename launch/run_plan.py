@@ -71,10 +71,10 @@ def make_plan(
     whole *= config.dim * 4
     budget = make_budget(config, trained, whole)
     plans, make_bags = plan.plan(tables, config.plugin, config.tables, config.min_rows, innermost, budget)
-    unknown = set(config.placement) - {t.name for t in tables}
-    if unknown:
-        name = min(unknown)
-        raise UserError(f"placement names a table {name!r}; {choices(name, (t.name for t in tables))}")
+    for setting, named in (("placement", config.placement), ("sharding", config.sharding)):
+        if unknown := set(named) - set(positions):
+            name = min(unknown)
+            raise UserError(f"{setting} names a table {name!r}; {choices(name, positions)}")
     training = [
         plan.training_bytes(plan.on_meta(make, table), length, config, access, place)
         for make, table, length in zip(make_bags, tables, lengths, strict=True)

@@ -50,8 +50,9 @@ def evaluate(path: Path, given: dict[str, Any], split: str) -> int:
     device = open_device(config.device)
     announce(device, config.precision)
     dataset, _ = open_data(config)
-    if split not in dataset.splits:
-        raise UserError(f"there is no split {split!r}; the data has: {', '.join(dataset.splits)}")
+    filled = [name for name, (start, stop) in dataset.splits.items() if start < stop]
+    if split not in filled:
+        raise UserError(f"--split {split}: the data has no such rows, but those of: {', '.join(filled)}")
     now, known = describe_data(dataset), about.get("data")
     if known is None:
         warn("the checkpoint does not know its training rows: whether these ids mean the same cannot be checked")

@@ -95,6 +95,9 @@ def test_the_same_rows_get_the_same_scores(tmp_path, capsys):
     one, other = (pq.read_table(tmp_path / f"{n}.parquet").to_pandas() for n in "ab")
     np.testing.assert_allclose(other["logit"], one["logit"], atol=1e-6)
     np.testing.assert_array_equal(other["label"], one["label"])
+    parts = ["--evaluate", best, "--data", str(tmp_path / "later"), "--split", "train", "--out", str(tmp_path / "no")]
+    assert launcher.main(parts) == 2
+    assert "--split train: the data has no such rows, but those of: test" in capsys.readouterr().err
     assert launcher.main(["--data", str(tmp_path / "later"), "--out", str(tmp_path / "no")]) == 2
     assert "it has no training rows" in capsys.readouterr().err
 

@@ -140,7 +140,7 @@ def test_the_best_checkpoint_is_the_model_that_was_reported(tmp_path, capsys):
         (["--preset", "huge"], "there is no preset 'huge'"),
         (["--batch-size", "0"], "batch_size is 0 (flag), but must be at least 1"),
         (["--config", "nothing.yaml"], "cannot read the configuration"),
-        (["--row-lr", "-1"], "must be above 0"),
+        (["--row-lr", "-1"], "must be a number above 0"),
         (["--plugin", "hash_rows:rows=9,rows=10"], "has the option 'rows' twice"),
         (["--split", "train"], "--split names the rows that --evaluate scores"),
         (["--evaluate", "c", "--plan"], "--plan is of a run that trains"),
@@ -316,6 +316,16 @@ def test_learning_rate_schedule():
     assert factors == [0.25, 1.0, 1.0, 1.0, 0.25, 0.0, 0.0]
 
 
+def test_a_decay_that_leaves_steps_without_a_rate_is_told(tmp_path, capsys):
+    flags = ["--synthetic-rows", "3000", "--decay-steps", "2"]
+    assert launcher.main([*flags, "--out", str(tmp_path / "r")]) == 0
+    told = "learning rates are 0 from step 2 on"
+    assert told in capsys.readouterr().err
+    assert told in json.loads((tmp_path / "r" / "report.json").read_text())["warnings"][0]
+    assert launcher.main([*flags, "--warmup-steps", "3", "--out", str(tmp_path / "s")]) == 2
+    assert "decay_start is 0 (default), but learning rates still rise until warmup_steps, 3" in capsys.readouterr().err
+
+
 def test_every_preset_resolves_and_says_what_it_reproduces():
     for name, preset in PRESETS.items():
         config, origins = resolve({"preset": name}, None)
@@ -333,7 +343,9 @@ def test_unknown_settings_and_wrong_types_are_told(tmp_path):
         ("a: [", "not YAML"),
         ("row_weight_decay: -1", r"row_weight_decay is -1.0 \(.*c.yaml\), but must be 0 or a number above it"),
         ("row_weight_decay: .nan", "row_weight_decay is nan"),
-        ("decay_power: -1", "decay_power is -1.0 .*must be above 0"),
+        ("decay_power: -1", "decay_power is -1.0 .*must be a number above 0"),
+        ("synthetic_tables: []", "synthetic_tables is empty .*name the rows of each table, or give --data"),
+        ("{warmup_steps: 9, decay_start: 8, decay_steps: 1}", "decay_start is 8 .*Let decay_start be at least that"),
         ("decay_power: .nan", "decay_power is nan"),
         ("cross_rank: 0", "cross_rank is 0 .*must be at least 1"),
         ("tables: {3: tensorly_tt}", "tables cannot be"),
@@ -361,6 +373,13 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04 not a checkpoint")
     with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.load_model(tmp_path / "bad.safetensors", model)
+
+
+@pytest.mark.parametrize("setting", ["placement: {C99: dense}", "sharding: {C99: row_wise}"])
+def test_settings_of_tables_that_there_are_not_are_told(setting, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(setting)
+    assert launcher.main(["--plan", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert f"{setting.partition(':')[0]} names a table 'C99'; did you mean 'C9'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", EVERY_DEVICE)
