@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
+    # Cells are stopped in their own way; before and between them a SIGTERM is as a Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         study = read_study(given.study, study_plans.tool_flags())
         if given.cores is not None and given.cores < 1:

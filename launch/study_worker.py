@@ -37,13 +37,18 @@ def _work(job: dict[str, Any]) -> NoReturn:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.ftruncate(lock, 0)
             os.write(lock, str(os.getpid()).encode())
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except FileNotFoundError:  # the study was stopped meanwhile, and with it went its folder
+            os._exit(1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = importlib.import_module(job["script"]).main(job["arguments"])
     except SystemExit as error:  # argparse's
         code = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:  # before there was anything to stop
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -63,9 +68,19 @@ def main() -> int:
             child = os.fork()
         if not child:
             _work(json.loads(line))
-        print(json.dumps({"pid": child}), flush=True)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+        if not _told({"pid": child}) or not _told({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}):
+            return 1
     return 0
+
+
+def _told(answer: dict[str, int]) -> bool:
+    """Whether the study still hears the answer."""
+    try:
+        print(json.dumps(answer), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes once more
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -502,6 +503,26 @@ def test_two_studies_do_not_share_a_folder(ran, study_file, capsys):
     with only_one(out):
         assert study.main([str(out / "study.yaml"), "--out", str(out)]) == 2
     assert "another study is running" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_plans_is_stopped_in_one_line(number, tmp_path):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), str(tmp_path / "small.yaml"), "--dry-run"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    worker = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    while not (workers := worker.read_text().split()):
+        assert child.poll() is None
+        time.sleep(0.1)
+    calls = Path(f"/proc/{workers[0]}/task/{workers[0]}/children")
+    while not calls.read_text():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=120)
+    assert (child.returncode, err.splitlines()[-1]) == (130, "stopped; the same command goes on")
+    assert "Traceback" not in err, err
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is KeyboardInterrupt:
+            self.signal(signal.SIGINT)
         for worker in self._started:
             _pipe(worker.stdin).close()
             worker.wait()
