@@ -320,6 +320,11 @@ def check_memory(training: Sequence[TrainingBytes], memory: float) -> None:
     """Raises a UserError where tables, their optimizer and their gradients exceed the memory."""
     need = sum(t.in_memory for t in training)
     if need > memory:
+        if sum(t.gradient for t in training) > need / 2:
+            raise UserError(
+                f"training the tables needs {in_words(need)}, most of it for what one batch looks up, but there are "
+                f"{in_words(memory)}. Take a smaller --batch-size."
+            )
         raise UserError(
             f"training the tables needs {in_words(need)}, but there are {in_words(memory)}. Take a --plugin that "
             "keeps less (--plan shows what each table takes), a larger --min-count or a smaller --dim; on the cpu, "

@@ -115,6 +115,11 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
             warn(line)
 
     fingerprint = check_data(dataset, start[1] if start else None, noted)
+    if alone := [n for f, n in enumerate(dataset.names) if dataset.num_rows(f, config.min_count) == 1]:
+        noted(
+            f"tables of one row, that of missing ids: {', '.join(alone)}; no value is there "
+            f"{max(1, config.min_count):,} times in the training rows (--min-count)"
+        )
     several_ranks.check_data(fingerprint, ranks)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=device.pinned)
     first, stop = dataset.splits["train"]
@@ -135,7 +140,9 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
         if outcome.steps < total:
             print(f"{resumed} stopped early, at step {outcome.steps:,} of {total:,}; a larger --patience trains on")
         else:
-            print(f"{resumed} is finished, at step {total:,}, and its report stays; a larger --epochs trains on")
+            print(
+                f"{resumed} is finished, at step {outcome.steps:,}, and its report stays; a larger --epochs trains on"
+            )
         return 0
     plan = make_plan(config, device, device.rows, dataset, ranks)
     if start:

@@ -84,6 +84,10 @@ def test_what_does_not_fit_is_said_and_refused():
     plan.check_memory(training, need)
     with pytest.raises(UserError, match="training the tables needs"):
         plan.check_memory(training, need - 1)
+    many, _ = resolve({"batch_size": 10_000_000}, None)
+    training, _ = _training(open_device("cpu").rows, many, ["exact"] * 3)
+    with pytest.raises(UserError, match=r"most of it for what one batch looks up.*Take a smaller --batch-size"):
+        plan.check_memory(training, need)
 
 
 @pytest.mark.parametrize(

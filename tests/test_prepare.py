@@ -20,7 +20,7 @@ from dlrm_xla_data import lines, prepare, vocabulary
 from dlrm_xla_data.__main__ import main
 from dlrm_xla_data.multi_hot import more_ids
 from dlrm_xla_data.parsing import parse, problem_of
-from dlrm_xla_data.prepare import find_layout
+from dlrm_xla_data.prepare import find_layout, open_log
 from dlrm_xla_data.prepared import open_prepared, read_meta
 from dlrm_xla_data.vocabulary import Limits
 from hypothesis import HealthCheck, given, settings
@@ -286,10 +286,14 @@ def typed(kind):
         "nanoseconds": lambda: made(lambda v: day + datetime.timedelta(v), pa.timestamp("ns", "UTC")),
         "dictionary": lambda: (made(str, pa.string())[0].dictionary_encode(), plain),
         "bytes": lambda: made(lambda v: b"%02d" % v, pa.binary(2)),
+        "view": lambda: made(str, pa.string_view()),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["float", "nan", "bool", "date", "milliseconds", "nanoseconds", "dictionary", "bytes"])
+KINDS = ["float", "nan", "bool", "date", "milliseconds", "nanoseconds", "dictionary", "bytes"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "view"])
 @pytest.mark.parametrize("in_lists", [False, True])
 def test_parquet_categories_of_any_type_have_codes(tmp_path, kind, in_lists):
     import pyarrow as pa
@@ -304,6 +308,29 @@ def test_parquet_categories_of_any_type_have_codes(tmp_path, kind, in_lists):
     found = values_of(data, rows)
     assert set(found.values()) == {1}
     assert len(found) == len(set(plain)) - in_lists
+
+
+@pytest.mark.parametrize("kind", ["nan", "bool", "decimal", "int64"])
+def test_dense_columns_of_parquet(tmp_path, kind):
+    import pyarrow as pa
+
+    values = [None if k % 5 == 0 else k % 2 for k in range(40)]
+    column = {
+        "nan": lambda: pa.array([float("nan") if v is None else float(v) for v in values]),
+        "bool": lambda: pa.array([v if v is None else v == 1 for v in values]),
+        "decimal": lambda: pa.array(values, pa.int64()).cast(pa.decimal128(21, 2)),
+        "int64": lambda: pa.array(values, pa.int64()),
+    }[kind]()
+    data = prepared_by(tmp_path / "p", *write_log(tmp_path, "parquet", clicks(40, c=[1] * 40) | {"price": column}, "c"))
+    assert data.dense[:, 0].tolist() == [v or 0 for v in values]
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "layout.yaml"])
+def test_what_is_prepared_first_says_so(tmp_path, name):
+    (tmp_path / "layout.yaml").write_text("label: y\n")
+    write_log(tmp_path, "parquet", clicks(40, c=[1] * 40), "c")
+    with pytest.raises(UserError, match=r"Prepare the log first: python -m dlrm_xla_data prepare .* --format .*yaml"):
+        open_log(tmp_path / name, None)
 
 
 def test_whole_real_numbers_and_integers_are_one_value(tmp_path):

@@ -266,7 +266,8 @@ def test_a_finished_run_keeps_its_report(settings, tmp_path, capsys):
     assert launcher.main([*settings, "--epochs", "1", "--out", str(run)]) == 0
     before = (run / "report.json").read_bytes()
     assert launcher.main(["--resume", str(run)]) == 0
-    assert "is finished, at step" in capsys.readouterr().out
+    steps = json.loads(before)["steps"]
+    assert f"is finished, at step {steps}," in capsys.readouterr().out
     assert (run / "report.json").read_bytes() == before
     (run / "report.json").unlink()  # as after a kill while the last rows were scored
     assert launcher.main(["--resume", str(run)]) == 0

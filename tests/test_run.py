@@ -375,6 +375,14 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
         checkpoint.load_model(tmp_path / "bad.safetensors", model)
 
 
+def test_tables_that_no_id_is_left_in_are_told(tmp_path, capsys):
+    flags = ["--synthetic-rows", "3000", "--min-count", "100000", "--out", str(tmp_path / "r")]
+    assert launcher.main(flags) == 0
+    told = "tables of one row, that of missing ids: C1, C2,"
+    assert told in capsys.readouterr().err
+    assert told in json.loads((tmp_path / "r" / "report.json").read_text())["warnings"][0]
+
+
 @pytest.mark.parametrize("setting", ["placement: {C99: dense}", "sharding: {C99: row_wise}"])
 def test_settings_of_tables_that_there_are_not_are_told(setting, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(setting)

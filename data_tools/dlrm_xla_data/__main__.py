@@ -47,12 +47,20 @@ def _numbers(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in text.split(","):
         value, by, times = part.lower().partition("x")
-        numbers += [_count(value)] * (_count(times) if by else 1)
+        try:
+            numbers += [_count(value)] * (_count(times) if by else 1)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 1000,50x3; {error}") from error
     return tuple(numbers)
 
 
 def _bags(text: str) -> tuple[int, ...]:
-    return tuple(MLPERF_V2_BAGS) if text == "mlperf_v2" else _numbers(text)
+    if text == "mlperf_v2":
+        return tuple(MLPERF_V2_BAGS)
+    try:
+        return _numbers(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or mlperf_v2") from error
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):

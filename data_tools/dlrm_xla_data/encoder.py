@@ -25,9 +25,10 @@ class Encoder:
     """Maps rows to the dense features [B, I] float32 and ids [B, S] int32 of a model trained on a prepared dataset.
 
     A row is a mapping from the log's columns to values; others are not looked at. None is missing, and so is an empty
-    text where the log was CSV, whose fields may be given as text or as numbers. Several values of a column are a list.
-    The rows of a Parquet log have values of its columns' types. Ids are those of `prepare --ids-of`: 0 for what is
-    missing or was not seen in training, -1 in slots that a bag of varying length does not fill.
+    text where the log was CSV, whose fields may be given as text or as numbers, and a number that is NaN. Several
+    values of a column are a list. The rows of a Parquet log have values of its columns' types. Ids are those of
+    `prepare --ids-of`: 0 for what is missing or was not seen in training, -1 in slots that a bag of varying length does
+    not fill.
 
     Reads meta.json, values.npy and value_ids.npy of the folder, of the last two only what it looks up. Raises UserError
     where the folder does not have them; of a row ValueError with its number, column and value.
@@ -142,7 +143,7 @@ def _number(value: Any, read: Callable[[bytes], float]) -> Any:
     if isinstance(value, str):
         value = value.encode()
     if not isinstance(value, bytes):
-        return value
+        return None if value != value else value  # NaN
     return read(value) if value else None
 
 

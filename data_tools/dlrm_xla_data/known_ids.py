@@ -42,6 +42,7 @@ class KnownIds:
 
     folder: Path
     meaning: str
+    features: dict[str, Any]
     options: dict[str, Any]
     bag_lengths: list[int]
     counts: list[NDArray[np.int64]]
@@ -80,6 +81,7 @@ def read_known(folder: Path) -> KnownIds:
     return KnownIds(
         folder.resolve(),
         meta["meaning"],
+        {name: value for name, value in meta.get("features", {}).items() if name != "layout"},
         meta["options"],
         dataset.bag_lengths,
         dataset.counts,

@@ -266,10 +266,7 @@ def parse_table(table: Any, layout: Layout) -> Parsed:
             raise Misfit(f"column {layout.time}, {error}") from error
     dense = np.empty((len(table), len(layout.dense)), np.float32)
     for k, (name, transform) in enumerate(layout.dense.items()):
-        column = _one(table, name)
-        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-            raise Misfit(f"dense column {name} is {column.type}, expected numbers")
-        values = column.fill_null(0).to_numpy(zero_copy_only=False)
+        values = _numbers(_one(table, name), name)
         with np.errstate(over="ignore"):  # what float32 does not hold is refused below
             if transform == "log1p":
                 # In float64, for numpy's float32 logarithm ends in another bit on another processor, and then the same
@@ -297,6 +294,20 @@ def _one(table: Any, name: str) -> Any:
     if isinstance(column, pa.ChunkedArray):  # what older versions of Arrow give
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _numbers(column: Any, name: str) -> NDArray[Any]:
+    """A dense column as numbers, 0 where it is missing: null, or NaN."""
+    import pyarrow as pa
+
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    elif pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise Misfit(f"dense column {name} is {column.type}, expected numbers")
+    values: NDArray[Any] = column.fill_null(0).to_numpy(zero_copy_only=False)
+    return np.where(np.isnan(values), 0, values) if pa.types.is_floating(column.type) else values
 
 
 def _labels(table: Any, layout: Layout) -> NDArray[np.int8]:
@@ -409,6 +420,9 @@ def _with_codes(column: Any, name: str) -> Any:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
+    views = {"string_view": pa.large_string(), "binary_view": pa.large_binary()}  # older versions know no such types
+    if str(kind) in views:
+        column, kind = column.cast(views[str(kind)]), views[str(kind)]
     try:
         if pa.types.is_boolean(kind):
             return column.cast(pa.int8())

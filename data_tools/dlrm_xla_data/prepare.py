@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -185,6 +186,14 @@ def open_log(raw: Path, cache: Path | None) -> PreparedDataset:
 
 def _guess(raw: Path) -> tuple[Layout, Options]:
     """Avazu where its header is there, else Criteo, whose reader says what is wrong."""
+    described = raw.suffix in layouts.YAML
+    if described or lines.is_parquet(raw):
+        log, by = ("LOG", shlex.quote(str(raw))) if described else (shlex.quote(str(raw)), "FILE.yaml")
+        kind = "says what columns a log has" if described else "is a Parquet file, whose columns a FILE.yaml describes"
+        raise UserError(
+            f"--data {raw} {kind} (docs/data.md). Prepare the log first: python -m dlrm_xla_data prepare {log} NEW "
+            f"--format {by}, with --ids-of PREPARED where its rows are to be scored."
+        )
     known = "avazu" if lines.first_line(raw).startswith(b"id,click,hour,") else "criteo"
     layout, protocol = find_layout(known, [raw])
     return layout, Options(protocol)
@@ -431,11 +440,15 @@ def _parsed(
 
 def _check_known(known: KnownIds, layout: Layout) -> None:
     """Raises a UserError where a dataset's ids are of another layout, whose values have other codes."""
-    if known.meaning != layout.meaning:
-        raise UserError(
-            f"--ids-of {known.folder} was prepared with other numbers or categories, of another format, or from "
-            "Parquet with other columns of lists: the same values would not be known again. Describe them alike."
-        )
+    if known.meaning == layout.meaning:
+        return
+    now = layout.features()
+    differ = [f"{name} there {then}, here {now[name]}" for name, then in known.features.items() if then != now[name]]
+    raise UserError(
+        f"--ids-of {known.folder} was prepared with other numbers or categories, of another format, or from "
+        "Parquet with other columns of lists: the same values would not be known again. Describe them alike"
+        f"{': ' + '; '.join(differ[:2]) if differ else ''}."
+    )
 
 
 def _value_files(columns: RawColumns, k: int) -> tuple[Path, Path]:

@@ -24,15 +24,18 @@ def statistics(dataset: PreparedDataset, missing: Mapping[str, Sequence[int]] | 
     training lookups that the k most frequent ids have; ``rows_for``, how many of them have 90, 99 and 99.9 %;
     ``zero_train`` and ``zero_test``, the share of lookups of id 0, which are missing, unseen in training, or left out
     there as too rare; an empty bag counts as one. From ``missing``, the rows of each part without a value: ``missing``,
-    their share in training, and ``unseen_test``, the share of test lookups whose value no id stands for; both None
-    where nobody counted. ``exponent`` is the slope of log count against log rank, least squares over powers of two.
+    their share in training, and ``unseen_test``, the share of test lookups whose value no id stands for; None where
+    there are no such rows, or nobody counted. ``exponent`` is the slope of log count against log rank, least squares
+    over powers of two.
     """
     lookups = {split: _lookups(dataset, split) for split in ("train", "test")}
 
     def missing_share(split: str, k: int) -> float | None:
         start, stop = dataset.splits[split]
         # A column with empty bags has no other missing values; datasets of before these were counted say it has none.
-        return (lookups[split].empty[k] or missing[split][k]) / max(1, stop - start) if missing else None
+        if not missing or start == stop:
+            return None
+        return (lookups[split].empty[k] or missing[split][k]) / (stop - start)
 
     def unseen_share(k: int) -> float | None:
         test, share = lookups["test"], missing_share("test", k)
