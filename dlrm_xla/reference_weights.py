@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,15 +30,52 @@ _BACK = (
     (re.compile(r"bottom\.(\d+)\.(weight|bias)"), r"bot_l.\1.\2"),
     (re.compile(r"top\.(\d+)\.(weight|bias)"), r"top_l.\1.\2"),
 )
+_NUMBERS = {"f4", "f8", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))}
+
+
+class _NumberType:
+    """numpy.dtype of a pickled number: its name and byte order.
+
+    numpy's own takes more of the file, such as flags that have it follow a number as if it were a pointer.
+    """
+
+    def __init__(self, name: str, align: bool, copy: bool) -> None:
+        if name not in _NUMBERS:
+            raise pickle.UnpicklingError(f"{name!r} is no type of numbers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        expected = (3, state[1], None, None, None, -1, -1, 0)
+        if state != expected or state[1] not in ("<", ">", "|"):
+            raise pickle.UnpicklingError(f"{state} is no state of a type of numbers")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _number(kind: _NumberType, data: bytes) -> int | float:
+    number: int | float = np.frombuffer(data, kind.dtype, count=1)[0].item()
+    return number
+
+
+# What the losses and accuracies beside the weights are pickled as, by numpy 2 and before.
+_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_NumberType, "numpy.dtype"),
+    (_number, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),
+]
+_DAMAGED = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError),
+    *(KeyError, TypeError, AttributeError, IndexError),
+)
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The state dict of a file that the script wrote; nothing in the file is executed."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGED as error:
         # torch's own message advises to execute what is in the file.
         raise UserError(
             f"{path} is not a file of weights that is safe to load: it is damaged, or has something else than tensors "

@@ -3,6 +3,7 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import launch_script
@@ -13,9 +14,14 @@ from dlrm_xla.batches import PackedBatch, unpack
 convert = launch_script("convert")
 
 
-def _saved(state, path):
-    # As dlrm_s_pytorch.py does with --save-model.
-    torch.save({"iter": 20, "epoch": 0, "nepochs": 1, "nbatches": 20, "state_dict": state, "train_loss": 0.1}, path)
+def _saved(state, path, **more):
+    # As dlrm_s_pytorch.py does with --save-model: losses and accuracies are sums of numpy's numbers.
+    loss, right = np.float32(0.51) * 128, np.sum(np.ones(96, np.uint8))
+    numbers = {"train_loss": loss / 128, "test_acc": right / 128, "total_loss": loss, "total_accu": right}
+    batches = {"iter": 20, "epoch": 0, "nepochs": 1, "nbatches": 20, "nbatches_test": 7}
+    weights = [tensor.clone() for tensor in state.values()]
+    optimizer = torch.optim.SGD(weights, lr=0.1).state_dict()
+    torch.save({**batches, "state_dict": state, **numbers, "opt_state_dict": optimizer, **more}, path)
     return path
 
 
@@ -60,6 +66,16 @@ def test_the_scripts_names_come_back_bit_for_bit(tmp_path):
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize(("old", "new"), [(b"numpy._core.", b"numpy.core."), (b"numpy.core.", b"numpy._core.")])
+def test_numbers_of_either_numpy_are_read(tmp_path, old, new):
+    content = {"state_dict": _layout(), "losses": [t(0.5) for t in (np.float32, np.float64, np.int64, np.uint8)]}
+    content["losses"].append(np.array([0.5], ">f4").view(">f4")[0])
+    torch.save(content, tmp_path / "ref.pt", _use_new_zipfile_serialization=False)  # names as they are, to exchange
+    (tmp_path / "ref.pt").write_bytes((tmp_path / "ref.pt").read_bytes().replace(old, new))
+    found = convert.reference_weights.read(tmp_path / "ref.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in content["state_dict"].items())
+
+
 def test_weights_that_fit_two_interactions_are_asked_about(tmp_path, capsys):
     layout = {n: t for n, t in _layout().items() if not n.startswith("emb_l.")}
     dim = len(layout["bot_l.2.weight"])
@@ -81,16 +97,42 @@ class _Malice:
         return os.mkdir, (str(self.path),)
 
 
+class _Number:
+    """A scalar of numpy as a file may claim it to be."""
+
+    def __init__(self, dtype, state=None, data=b"12345678"):
+        self.dtype, self.state, self.data = dtype, state, data
+
+    def __reduce__(self):
+        kind = _Kind(self.dtype, self.state) if self.state else self.dtype
+        return np.float32(0).__reduce__()[0], (kind, self.data)
+
+
+class _Kind:
+    def __init__(self, dtype, state):
+        self.dtype, self.state = dtype, state
+
+    def __reduce__(self):
+        return *self.dtype.__reduce__()[:2], self.state
+
+
 def test_what_cannot_be_converted_is_told_and_nothing_is_executed(tmp_path, capsys):
     quotient = {n.replace("emb_l.0.weight", "emb_l.0.weight_q"): t for n, t in _layout().items()}
     squares = {n: torch.randn(7, 4 + 6) if n == "top_l.0.weight" else t for n, t in _layout().items()}
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(_Malice(tmp_path / "executed"), protocol=2))
     torch.save({"state_dict": _Malice(tmp_path / "executed")}, tmp_path / "evil2.pt")
+    double = np.dtype("f8")
+    counted = (3, "<", None, None, None, -1, -1, 1)  # as if its 8 bytes were a reference to an object
+    for k, number in enumerate(
+        [_Number(np.dtype("O")), _Number(double, counted), _Number(double, (3,)), _Number(double, None, b"")]
+    ):
+        _saved(_layout(), tmp_path / f"number{k}.pt", train_loss=number)
     for path, match in (
         (_saved(quotient, tmp_path / "q.pt"), "no place for the weights 'emb_l.0.weight_q'"),
         (_saved(squares, tmp_path / "s.pt"), "takes 10 numbers"),
         (tmp_path / "evil.pt", "not a file of weights that is safe to load"),
         (tmp_path / "evil2.pt", "not a file of weights that is safe to load"),
+        *((tmp_path / f"number{k}.pt", "not a file of weights that is safe to load") for k in range(4)),
         (tmp_path / "none.pt", "cannot read"),
     ):
         assert convert.main(["--from-reference", str(path), "--out", str(tmp_path / "m")]) == 2
