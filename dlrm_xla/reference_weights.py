@@ -8,6 +8,7 @@ ids that the script gave them.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -99,6 +100,20 @@ def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a DLRM with exact tables and dot or cat interaction under the script's names."""
     return _renamed(state, _BACK, "The script knows exact tables and the interactions dot and cat only.")
+
+
+def saved(state: Mapping[str, Tensor], steps: int, learning_rate: float) -> dict[str, Any]:
+    """What --save-model writes: all that the script reads by --load-model, in its last version and those before it.
+
+    It trains on by SGD from the start of a first epoch, for it leaves "iter" batches out of every epoch, and never ends
+    where "epoch" is not 0. Losses and accuracies of its own are not known; the best so far, which it compares, are 0.
+    """
+    weights = to_reference(state)
+    optimizer = torch.optim.SGD([tensor.detach() for tensor in weights.values()], lr=learning_rate)
+    place = {"epoch": 0, "nepochs": 1, "iter": 0, "nbatches": max(1, steps), "nbatches_test": 0}
+    unknown = dict.fromkeys(("train_loss", "train_acc", "test_loss"), math.nan)
+    sums_and_best = dict.fromkeys(("total_loss", "total_accu", "test_acc", "test_auc"), 0.0)
+    return {"state_dict": weights, "opt_state_dict": optimizer.state_dict(), **place, **unknown, **sums_and_best}
 
 
 def describe(state: Mapping[str, Tensor], interaction: str | None = None) -> dict[str, Any]:

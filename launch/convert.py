@@ -22,6 +22,9 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.run_folder import versions
 from dlrm_xla.train import Steps
 
+# The script's own default.
+LEARNING_RATE = 0.01
+
 
 def from_reference(path: Path, out: Path, interaction: str | None = None) -> str:
     """Writes a checkpoint with the weights of the script's file."""
@@ -35,13 +38,13 @@ def from_reference(path: Path, out: Path, interaction: str | None = None) -> str
     return f"{len(described['tables'])} tables, {described['interaction']} interaction"
 
 
-def to_reference(path: Path, out: Path) -> str:
+def to_reference(path: Path, out: Path, learning_rate: float) -> str:
     """Writes a file as the script saves it, from a checkpoint with exact tables."""
     scorer, about = serving.load(path)
-    state = reference_weights.to_reference(scorer.model.state_dict())
+    content = reference_weights.saved(scorer.model.state_dict(), about["step"], learning_rate)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    torch.save({"state_dict": state, "iter": about["step"], "epoch": 0, "nepochs": 1}, unfinished)
+    torch.save(content, unfinished)
     unfinished.replace(out)
     return f"{len(about['model']['tables'])} tables, step {about['step']}"
 
@@ -56,16 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--interaction", choices=["dot", "cat"], help="of --from-reference, where the weights' shapes fit both"
     )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help=f"of --to-reference: the rate of the file, which the script trains on with (default {LEARNING_RATE})",
+    )
     given = parser.parse_args(arguments)
+    rate = LEARNING_RATE if given.learning_rate is None else given.learning_rate
     try:
         if given.out.exists():
             raise UserError(f"--out {given.out} is there already. Choose a new name.")
         if given.interaction and given.to_reference:
             raise UserError("--interaction is of --from-reference; a checkpoint knows its own")
+        if given.learning_rate is not None and given.from_reference:
+            raise UserError("--learning-rate is of --to-reference; what is read has no rate")
+        if not 0 < rate < float("inf"):
+            raise UserError(f"--learning-rate is {rate:g}, but must be above 0")
         if given.from_reference:
             told = from_reference(given.from_reference, given.out, given.interaction)
         else:
-            told = to_reference(given.to_reference, given.out)
+            told = to_reference(given.to_reference, given.out, rate)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -76,6 +76,38 @@ def test_numbers_of_either_numpy_are_read(tmp_path, old, new):
     assert all(torch.equal(found[name], tensor) for name, tensor in content["state_dict"].items())
 
 
+def test_the_script_finds_what_it_reads_and_trains_on(tmp_path, capsys):
+    out, back = tmp_path / "m.safetensors", tmp_path / "back.pt"
+    assert convert.main(["--from-reference", str(_saved(_layout(), tmp_path / "ref.pt")), "--out", str(out)]) == 0
+    to = ["--to-reference", str(out), "--out", str(back)]
+    assert convert.main([*to, "--learning-rate", "0"]) == 2
+    assert "--learning-rate is 0, but must be above 0" in capsys.readouterr().err
+    assert convert.main([*to, "--learning-rate", "0.05"]) == 0
+    found = torch.load(back, weights_only=True)
+    # What dlrm_s_pytorch.py reads behind "Load model is specified": its last version, with --mlperf-logging too, and
+    # versions before it.
+    read = {"state_dict", "iter", "epoch", "nepochs", "nbatches", "nbatches_test", "train_loss", "total_loss"}
+    read |= {"test_auc", "test_acc", "opt_state_dict"}
+    assert set(found) == read | {"train_acc", "total_accu", "test_loss"}
+    kinds = ("epoch", "nepochs", "iter", "nbatches", "nbatches_test")
+    print("epoch = {:d}/{:d}, batch = {:d}/{:d}, ntbatch = {:d}".format(*(found[k] for k in kinds)))
+    for loss, accuracy in (("train_loss", "train_acc"), ("test_loss", "test_acc")):
+        print(f"loss = {found[loss]:.6f}, accuracy = {found[accuracy] * 100:3.3f} %")
+    assert 7 % found["nbatches"] == 0, "with --inference-only it prints every so many batches"
+    assert found["epoch"] == found["iter"] == 0, "it waits for a later epoch for ever, and leaves batches out in all"
+    assert found["test_acc"] == found["test_auc"] == 0, "it saves only what is above it"
+    assert found["total_loss"] + 1 == found["total_accu"] + 1 == 1
+
+    weights = [torch.nn.Parameter(tensor.clone()) for tensor in found["state_dict"].values()]
+    optimizer = torch.optim.SGD(weights, lr=9.0)
+    optimizer.load_state_dict(found["opt_state_dict"])
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for weight, tensor in zip(weights, found["state_dict"].values(), strict=True):
+        torch.testing.assert_close(weight.detach(), tensor - 0.05)
+
+
 def test_weights_that_fit_two_interactions_are_asked_about(tmp_path, capsys):
     layout = {n: t for n, t in _layout().items() if not n.startswith("emb_l.")}
     dim = len(layout["bot_l.2.weight"])
