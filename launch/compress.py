@@ -54,9 +54,11 @@ from dlrm_xla.tensor_file import Section, TensorFile, opened, write
 from dlrm_xla.train import GraphWatch, Outcome, Steps, predict
 from dlrm_xla.trained_rows import TrainedRows
 
+_SCHEDULE = ("warmup_steps", "decay_start", "decay_steps")  # counts the run's steps; fine-tuning starts at 0
 SETTINGS = {
     *("plugin", "ratio", "memory", "min_rows", "device", "data", "data_cache", "out", "min_count", "seed"),
     *("batch_size", "row_lr", "dense_lr", "plugin_lr", "row_optimizer", "patience", "evals_per_epoch", "precision"),
+    *_SCHEDULE,
 }
 # What it works on; gone once the run folder is whole.
 SCRATCH = "compression.unfinished"
@@ -81,6 +83,8 @@ def _unless_given(name: str) -> str:
         return f"default the checkpoint's, with --fine-tune {FINE_TUNE_RATE:g} times that"
     if name in _OFTENER:
         return f"default the checkpoint's, with --fine-tune {FINE_TUNE_VALIDATIONS} times that"
+    if name in _SCHEDULE:
+        return "default the checkpoint's, with --fine-tune 0"
     return "default the checkpoint's"
 
 
@@ -228,17 +232,16 @@ def _check_source(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int) -> tuple[Config, dict[str, str]]:
-    """The checkpoint's settings under those that were given; fine-tuning has lower rates and validates more often."""
+    """The checkpoint's settings under those that were given; fine-tuning has some of its own."""
     saved = {k: v for k, v in about["config"].items() if k not in _DROPPED}
-    smaller = {
-        name: saved[name] * FINE_TUNE_RATE
-        for name in ("row_lr", "dense_lr", "plugin_lr")
-        if fine_tune and name not in given and saved[name]
-    }
-    oftener = {name: saved[name] * FINE_TUNE_VALIDATIONS for name in _OFTENER if fine_tune}
-    epochs = {"epochs": fine_tune} if fine_tune else {}
-    config, origins = resolve({**saved, **smaller, **oftener, **epochs, **given}, None)
-    return config, {k: v if k in given else "the checkpoint" for k, v in origins.items()}
+    tuned: dict[str, Any] = {}
+    if fine_tune:
+        tuned |= {name: saved[name] * FINE_TUNE_RATE for name in ("row_lr", "dense_lr", "plugin_lr") if saved[name]}
+        tuned |= {name: saved[name] * FINE_TUNE_VALIDATIONS for name in _OFTENER}
+        tuned |= dict.fromkeys(_SCHEDULE, 0) | {"epochs": fine_tune}
+    config, origins = resolve({**saved, **tuned, **given}, None)
+    of_tuning = dict.fromkeys(tuned, "--fine-tune")
+    return config, {k: v if k in given else of_tuning.get(k, "the checkpoint") for k, v in origins.items()}
 
 
 def _check_data(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:

@@ -112,6 +112,25 @@ def test_fine_tuning_keeps_what_was_compressed_where_training_makes_it_worse(tra
     assert "fine-tuned" in capsys.readouterr().out
 
 
+def test_fine_tuning_has_a_schedule_of_its_own():
+    config, _ = compress.resolve({**SETTINGS, "warmup_steps": 1000, "decay_start": 2000, "decay_steps": 500}, None)
+    about = {"config": dataclasses.asdict(config)}
+
+    def schedule(*arguments):
+        given = vars(compress.flags().parse_args(["x", "--plugin", "svd", *arguments]))
+        fine_tune = [given.pop(name) for name in ("checkpoint", "weigh", "fine_tune")][-1]
+        found, origins = compress._settings(about, given, fine_tune)
+        return (found.warmup_steps, found.decay_start, found.decay_steps), origins
+
+    assert schedule()[0] == (1000, 2000, 500)
+    found, origins = schedule("--fine-tune", "1")
+    assert found == (0, 0, 0)
+    assert {origins[name] for name in ("warmup_steps", "row_lr", "patience", "epochs")} == {"--fine-tune"}
+    assert [origins[name] for name in ("plugin", "dim")] == ["flag", "the checkpoint"]
+    given = ["--fine-tune", "1", "--warmup-steps", "5", "--decay-start", "7", "--decay-steps", "9"]
+    assert schedule(*given)[0] == (5, 7, 9)
+
+
 def test_stopped_while_it_trains_on_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
