@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dlrm_xla.contract import FromTable
+from dlrm_xla.contract import FromTable, MakeBag, Table
+from dlrm_xla.contract import innermost as innermost_of
 from dlrm_xla.errors import UserError
+from dlrm_xla.registry import Layer, compose
 from dlrm_xla.trained_rows import TrainedRows
 
 
 def set_table(bag: nn.Module, rows: TrainedRows) -> None:
     """Has a bag take over trained rows; a UserError where it cannot."""
-    check_takes_tables(bag).set_table(rows)
+    _takes_rows(bag, type(bag).__name__).set_table(rows)
 
 
-def check_takes_tables(bag: nn.Module, plugin: str = "") -> FromTable:
-    """The bag, where it can take over trained rows; else a UserError that names the plugin, or else the bag."""
+def compose_checked(layers: Sequence[Layer], innermost: MakeBag) -> MakeBag:
+    """`dlrm_xla.registry.compose` with a UserError that names the layer whose bag cannot take over trained rows."""
+    make = innermost
+    for layer in reversed(layers):
+        make = _checked(layer, compose([layer], make))
+    return make
+
+
+def _checked(layer: Layer, make: MakeBag) -> MakeBag:
+    def checked(table: Table) -> nn.Module:
+        bag = make(table)
+        _takes_rows(bag, str(layer))
+        return bag
+
+    checked.innermost = innermost_of(make)  # type: ignore[attr-defined]
+    return checked
+
+
+def _takes_rows(bag: nn.Module, name: str) -> FromTable:
     if isinstance(bag, FromTable):
         return bag
     raise UserError(
-        f"{plugin or type(bag).__name__} cannot be made from a trained table: its bag has no set_table. "
-        "launch/run.py --list-plugins says which ones have."
+        f"{name} cannot be made from a trained table: its bag has no set_table. launch/run.py --list-plugins says "
+        "which ones have."
     )
 
 

@@ -41,8 +41,9 @@ from torch import Tensor
 
 from dlrm_xla import checkpoint, registry, serving
 from dlrm_xla import plan as planning
-from dlrm_xla.compression import TableError, check_rows, check_takes_tables, set_table, table_error
+from dlrm_xla.compression import TableError, check_rows, compose_checked, set_table, table_error
 from dlrm_xla.config import Config, resolve
+from dlrm_xla.contract import innermost
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import announce, warn
@@ -147,7 +148,8 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
             "--ratio, options that keep less, or a lower --min-rows."
         )
     for make, table, planned in zip(plan.make_bags, plan.tables, plan.bags, strict=True):
-        check_takes_tables(planning.on_meta(make, table), planned.plugin)
+        layers = registry.parse(planned.plugin)
+        planning.on_meta(compose_checked(layers, innermost(make)), table, planned.plugin)
     plan.check_memory()
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed)
     watch = GraphWatch(device, warn)

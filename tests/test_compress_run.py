@@ -203,6 +203,19 @@ def test_bad_input_is_refused(trained, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("around", ["", "svd:rank=3+", "hot_cold:hot=20+svd:rank=3+"])
+def test_a_layer_that_takes_no_rows_is_named_before_any_are_read(trained, tmp_path, capsys, monkeypatch, around):
+    def read(*_):
+        raise AssertionError("rows are read")
+
+    monkeypatch.setattr(compress, "check_rows", read)
+    monkeypatch.setattr(compress, "predict", read)
+    arguments = ["--plugin", f"{around}robe:blocks=20,width=1", "--out", str(tmp_path / "out")]
+    assert compress.main([str(trained), *arguments]) == 2
+    assert "error: robe:blocks=20,width=1 cannot be made from a trained table: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_data_damaged_rows_and_compressed_sources_are_refused(trained, small_log, tmp_path, capsys):
     arguments = ["--plugin", "svd:rank=2", "--out", str(tmp_path / "out")]
     assert compress.main([str(trained), *arguments, "--data", str(small_log)]) == 2
