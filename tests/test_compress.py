@@ -1,20 +1,21 @@
 """Bags made from trained tables, against numpy's own decompositions and least squares."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch_script, needs_xla
+from conftest import ROOT, launch_script, needs_xla
 from dlrm_xla_plugins.directions import random_directions, top_directions
 from dlrm_xla_plugins.quantized import dequantize, quantize, search_scales
 
-from dlrm_xla import trained_rows
+from dlrm_xla import listing, trained_rows
 from dlrm_xla.compression import check_rows, set_table, table_error
 from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
-from dlrm_xla.registry import compose, parse
+from dlrm_xla.registry import compose, installed, load, package, parse
 from dlrm_xla.rows import RowTable
 from dlrm_xla.trained_rows import TrainedRows
 
@@ -156,6 +157,7 @@ def test_pruned_rows_keep_their_largest_numbers(weight):
     "spec",
     [
         *("svd:rank=3", "count_sketch:rows=60", "hash_rows:rows=60", "pq:bits=3", "dedup:rows=40"),
+        "frequency_bands:full_rows=10,width=3",
         *("tensorly_tt:rank=5", "tensorly_cp:rank=30", "tensorly_tucker:rank=4"),
     ],
 )
@@ -192,6 +194,15 @@ def test_what_cannot_be_taken_over_is_refused(weight):
     weight[123, 4] = torch.nan
     with pytest.raises(UserError, match="table C1: row 123 is not finite"):
         check_rows("C1", TrainedRows.of(weight))
+
+
+def test_the_methods_in_the_docs_are_those_of_all_plugins_that_take_tables():
+    text = (ROOT / "docs" / "compression.md").read_text()
+    table = text.split("## Methods")[1].split("##")[0]
+    names = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    told = {name.partition("+")[0] for cell in names for name in re.findall("`(.+?)`", cell)}
+    ours = {name for name, entry in installed().items() if package(entry).startswith("dlrm_xla ")}
+    assert told == {name for name in ours if listing.traits(load(name)).post_training}
 
 
 def test_a_sample_is_of_different_rows_with_their_weights(weight, lookups):
