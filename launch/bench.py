@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,20 +236,42 @@ def _device_ms(device: Device, run: Repetition, k: int) -> float:
     return begin.elapsed_time(end)
 
 
+def _tried(name: str, make: Callable[[], Repetition | None], device: Device, needed: bool) -> Repetition | None:
+    """An implementation, made and run once; None where it cannot run, which is told.
+
+    Ours may refuse, unless ``needed``; any other error of ours is raised.
+    """
+    try:
+        run = make()
+        if run is not None:
+            run(0)
+            device.synchronize()
+        return run
+    except ImportError as error:
+        reason = f"not installed ({error})"
+        if needed:
+            raise UserError(f"{name}: {reason}") from error
+    except UserError as error:
+        if needed:
+            raise
+        reason = str(error)
+    except Exception as error:
+        if name.startswith(OURS):
+            raise
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    tqdm.write(f"{name}: {reason}; left out")
+    return None
+
+
 def rows_of(case: Case, title: str, given: argparse.Namespace, copy: float) -> list[dict[str, Any]]:
     """Measures a case: one row per implementation."""
-    repetitions = {}
+    repetitions: dict[str, Repetition] = {}
     for name, make in implementations(case, title, given).items():
-        try:
-            run = make()
-        except ImportError as error:
-            tqdm.write(f"{name}: not installed ({error}); left out")
-            continue
-        except UserError as error:
-            tqdm.write(f"{name}: {error}; left out")
-            continue
+        run = _tried(name, make, case.device, needed=name.startswith(OURS) and not repetitions)
         if run is not None:
             repetitions[name] = run
+        else:
+            gc.collect()  # else a later step on xla would find what this one left on the device
     times = measure(case.device, repetitions, given.repeat, given.clock)
     medians = {name: statistics.median(t) for name, t in times.items()}
     parts = {}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.batches import PackedBatch
-from dlrm_xla.config import Config, RowKernels, resolve
+from dlrm_xla.config import Config, DenseOptimizerName, RowKernels, resolve
 from dlrm_xla.contract import MakeBag, Table
+from dlrm_xla.dense_optim import dense_optimizer
 from dlrm_xla.device import Device
 from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM, mlp
@@ -178,18 +179,14 @@ def naive(case: Case) -> Repetition:
     model = nn.Module()
     model.bag = RowTable(_tables(case)[0])
     device.place(model)
-    optimizer = _dense_optimizer(case.optimizer, list(model.parameters()))
+    kinds: dict[str, DenseOptimizerName] = {"sgd": "sgd", "adam": "adam"}
+    optimizer = dense_optimizer(kinds.get(case.optimizer, "adagrad"), [(model.parameters(), LEARNING_RATE)], device)
 
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return _one_table(case, model, model.bag, update)
-
-
-def _dense_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    return kinds.get(name, torch.optim.Adagrad)(parameters, lr=LEARNING_RATE, foreach=False)  # type: ignore[no-any-return]
 
 
 def _one_table(case: Case, model: nn.Module, bag: nn.Module, update: Callable[[], list[Tensor] | None]) -> Repetition:

@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SLOW_BUT_ON_CPU, needs_cuda, needs_xla
 
 from dlrm_xla.devices import open_device
+from dlrm_xla.errors import UserError
 
 sys.path.insert(0, str(ROOT / "launch"))
 import bench
@@ -139,6 +141,60 @@ def test_what_is_missing_is_said_and_left_out(capsys, tmp_path, monkeypatch):
     assert "FBGEMM: takes widths in fours, not 6; left out" in capsys.readouterr().out
     assert bench.main(["--out", str(tmp_path / "no" / "b.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_another_that_cannot_run_is_told_and_the_others_go_on(capsys, tmp_path, monkeypatch):
+    def torch_bag(case, sparse):
+        def run(k):
+            raise RuntimeError("no memory for it\nat 0x7f")
+
+        if sparse:
+            return run
+        raise ValueError("no such gradient")
+
+    monkeypatch.setattr(bench.arms, "torch_bag", torch_bag)
+    out = tmp_path / "bench.json"
+    assert bench.main(["--what", "update", "--dim", "4", "8", *SMALL, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("EmbeddingBag sparse: RuntimeError: no memory for it; left out") == 2
+    assert said.count("EmbeddingBag dense: ValueError: no such gradient; left out") == 2
+    assert "0x7f" not in said
+    ours = [row["dim"] for row in json.loads(out.read_text()) if row["name"] == "update dlrm_xla sparse"]
+    assert ours == [4, 8]
+
+
+@pytest.mark.parametrize("error", [UserError, ImportError, RuntimeError])
+def test_our_own_implementation_is_never_left_out(error, capsys, monkeypatch):
+    def ours(case, placement, *more):
+        raise error("it does not run")
+
+    monkeypatch.setattr(bench.arms, "ours", ours)
+    given = ["--what", "lookup", "--others", "EmbeddingBag sparse", *SMALL]
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError, match="does not run"):
+            bench.main(given)
+    else:
+        assert bench.main(given) == 2
+        assert "it does not run" in capsys.readouterr().err
+
+
+@needs_xla
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True])
+def test_autograd_through_a_table_on_xla_has_its_state_from_the_start(plain, capsys, tmp_path, monkeypatch):
+    if plain:
+
+        def made_in_the_first_step(name, groups, device):
+            ((parameters, rate),) = groups
+            return torch.optim.Adam(parameters, lr=rate, foreach=False)
+
+        monkeypatch.setattr(bench.arms, "dense_optimizer", made_in_the_first_step)
+    out = tmp_path / "bench.json"
+    given = ["--what", "update", "--device", "xla", "--dim", "4", "8", "--optimizer", "adam", *SMALL]
+    assert bench.main([*given, "--out", str(out)]) == 0
+    names = [row["name"] for row in json.loads(out.read_text())]
+    assert names == ["update dlrm_xla sparse", *([] if plain else ["update naive torch_xla"])] * 2
+    assert ("naive torch_xla: the update step leaves 2 new tensors" in capsys.readouterr().out) == plain
 
 
 def test_tensor_trains_are_compared_with_tensorly_torchs(tmp_path):
