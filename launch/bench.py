@@ -117,10 +117,57 @@ def check(given: argparse.Namespace) -> None:
         parse(spec)
     if given.plugin and not set(given.what) & set(WITH_PLUGINS):
         raise UserError(f"--plugin is of --what {' and '.join(WITH_PLUGINS)}; leave it out")
-    if given.out and not given.out.parent.is_dir():
-        raise UserError(f"--out: there is no folder {given.out.parent}")
+    if given.out:
+        _check_out(given.out)
     if given.clock == "device" and set(given.device) != {"cuda"}:
         raise UserError("--clock device: only --device cuda has a clock of its own; leave it out")
+
+
+def files_of(out: Path) -> tuple[Path, Path, Path]:
+    """The JSON files of rows and of what they were measured with, and the plot."""
+    return out, out.with_suffix(".about.json"), out.with_suffix(".png")
+
+
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent}")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder; give a JSON file's name, as {out / 'bench.json'}")
+    if out.suffix == ".png":
+        raise UserError(f"--out: {out} is where the plot goes; name the JSON file, {out.with_suffix('.json')}")
+    for file in files_of(out):
+        if file.exists() and not file.is_file():
+            raise UserError(f"--out: {file}, which is to be written, is no plain file; give another name")
+        try:
+            if file.exists():
+                file.open("a").close()
+            unfinished = _unfinished(file)
+            unfinished.open("w").close()
+            unfinished.unlink()
+        except OSError as error:
+            raise UserError(f"--out: {file} cannot be written ({error.strerror})") from error
+
+
+def _unfinished(file: Path) -> Path:
+    """Beside the file itself, where that is linked to."""
+    return file.resolve().with_name(f"{file.name}.unfinished")
+
+
+def _write(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Writes both JSON files, each in one piece; where that fails, prints the rows and raises a UserError."""
+    try:
+        for file, content in zip(files_of(out), (rows, about), strict=False):
+            unfinished = _unfinished(file)
+            try:
+                unfinished.write_text(json.dumps(content, indent=1) + "\n")
+                unfinished.replace(file.resolve())
+            finally:
+                unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        tqdm.write(json.dumps(rows))
+        raise UserError(
+            f"--out: {file} cannot be written ({error.strerror}); all that was measured is above"
+        ) from error
 
 
 def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[Case, str]]:
@@ -369,12 +416,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in new:
                 tqdm.write(text(row))
             if given.out:  # after every case, so an interrupted benchmark keeps what it measured
-                given.out.write_text(json.dumps(rows, indent=1) + "\n")
                 about = {"versions": versions(), "copy_gb_per_s": copies, "threads": torch.get_num_threads()}
-                given.out.with_suffix(".about.json").write_text(json.dumps(about, indent=1) + "\n")
+                _write(given.out, rows, about)
         if given.out:
-            plot(rows, given.out.with_suffix(".png"))
-            print(f"wrote {given.out} and {given.out.with_suffix('.png')}")
+            *_, picture = files_of(given.out)
+            try:
+                plot(rows, picture)
+            except OSError as error:
+                raise UserError(f"{picture} cannot be written ({error.strerror}); {given.out} has the rows") from error
+            print(f"wrote {given.out} and {picture}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,11 @@
 """The benchmark runs, counts bytes rightly and writes what it promises; how fast things are is not tested."""
 
+import errno
 import itertools
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +130,52 @@ def test_an_interrupted_benchmark_keeps_what_it_measured(tmp_path, capsys, monke
     assert bench.main(given) == 130
     assert {row["dim"] for row in json.loads(out.read_text())} == {4}
     assert "are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["folder", "plot.json", "plot.png", "link.json", "pipe", "/"])
+def test_files_that_cannot_be_written_are_told_before_anything_is_measured(name, capsys, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plot.png").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "missing" / "bench.json")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(bench, "rows_of", lambda *args: pytest.fail("measured"))
+    before = sorted(tmp_path.iterdir())
+    assert bench.main(["--what", "lookup", *SMALL, "--out", str(tmp_path / name)]) == 2
+    assert "error: --out: " in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("suffix", [".json", ".about.json", ".png"])
+def test_a_full_disk_loses_nothing_that_was_measured(suffix, capsys, tmp_path, monkeypatch):
+    out = tmp_path / "bench.json"
+    real, calls = bench.rows_of, []
+
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def rows_of(*args):
+        calls.append(1)
+        if len(calls) == 2:  # room for the first case only
+            real_text = Path.write_text
+            fills = f"bench{suffix}.unfinished"
+            monkeypatch.setattr(
+                Path, "write_text", lambda path, text: full(path) if path.name == fills else real_text(path, text)
+            )
+            if suffix == ".png":
+                monkeypatch.setattr(bench, "plot", full)
+        return real(*args)
+
+    monkeypatch.setattr(bench, "rows_of", rows_of)
+    given = ["--what", "lookup", "--dim", "4", "8", "--others", "none", *SMALL, "--out", str(out)]
+    assert bench.main(given) == 2
+    said = capsys.readouterr()
+    assert f"bench{suffix} cannot be written (No space left on device)" in said.err
+    kept = {row["dim"] for row in json.loads(out.read_text())}
+    assert kept == ({4} if suffix == ".json" else {4, 8}), "what was written before stays"
+    if suffix != ".png":
+        printed = next(json.loads(line) for line in said.out.splitlines() if line.startswith("["))
+        assert {row["dim"] for row in printed} == {4, 8}
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_what_is_missing_is_said_and_left_out(capsys, tmp_path, monkeypatch):
