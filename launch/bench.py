@@ -55,6 +55,7 @@ WARM_UP = 3
 # Some 10 ms of a GPU at 2 GHz.
 _IDLE_CYCLES = 20_000_000
 OURS = "dlrm_xla"
+Maker = Callable[[], Repetition | None]
 WITH_PLUGINS = ("plugins", "growth")
 # Most rows of tables placed as matmul and as dense; without any, all are sparse.
 THRESHOLDS = ((0, 0), (32, 32), (1000, 1000), (0, 32), (0, 1000), (0, 20_000), (0, 200_000))
@@ -185,8 +186,26 @@ def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[C
     return found
 
 
-def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Makers by name; "dlrm_xla" ones are ours."""
+def check_others(given: argparse.Namespace, all_cases: Sequence[tuple[Case, str]]) -> None:
+    """Raises a UserError for a name in ``--others`` that is of no case; one that is of some is measured in those."""
+    if given.others in (["all"], ["none"]):
+        return
+    known = list(dict.fromkeys(name for case, title in all_cases for name in others(case, title, given)))
+    if unknown := [name for name in given.others if name not in known]:
+        choice = f"all or none alone, or of {', '.join(known)}" if known else "no case here is compared with any"
+        raise UserError(f"--others: {', '.join(unknown)}: {choice}")
+
+
+def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[str, Maker]:
+    """Makers by name, ours first."""
+    asked = others(case, title, given)
+    if given.others != ["all"]:
+        asked = {name: make for name, make in asked.items() if name in given.others}
+    return ours(case, title, given) | asked
+
+
+def ours(case: Case, title: str, given: argparse.Namespace) -> dict[str, Maker]:
+    """Makers of our own, by names that begin with "dlrm_xla"."""
     if title == "scale":
         # The same ids, those of the smallest tables, looked up in tables of every size.
         sized = {n: dataclasses.replace(case, table_rows=tables, id_rows=SCALES["1M"]) for n, tables in SCALES.items()}
@@ -197,33 +216,36 @@ def implementations(case: Case, title: str, given: argparse.Namespace) -> dict[s
         specs = [EXACT, *(given.plugin or sorted(installed()))]
         return {f"{OURS} {spec}": lambda s=spec: arms.with_plugin(case, s, given.ratio) for spec in specs}
     if title == "tt":
-        makers = {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
-        others = {"tltorch blocktt": lambda: arms.tltorch_tt(case, given.rank)}
-    else:
-        # A step's placement is the device's choice; the flag is for single tables.
-        placements = given.placement if case.what != "step" else ["sparse"]
-        makers = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
-        if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
-            makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
-        if case.what == "step":
-            if not case.device.slow_bf16:
-                makers[f"{OURS} bf16"] = lambda: arms.ours(case, "sparse", precision="bf16")
-            if case.device.optional_graphs:
-                makers[f"{OURS} without a graph"] = lambda: arms.ours(case, "sparse", cuda_graphs="off")
-        others = {
-            "EmbeddingBag sparse": lambda: arms.torch_bag(case, sparse=True),
-            "EmbeddingBag dense": lambda: arms.torch_bag(case, sparse=False),
-            "FBGEMM": lambda: arms.fbgemm(case),
-        }
-        if case.what == "step" and case.device.optional_graphs:
-            others["FBGEMM in a graph"] = lambda: arms.fbgemm(case, graph=True)
-        if case.device.name == "xla":
-            others["naive torch_xla"] = lambda: arms.naive(case)
-    if given.others in (["all"], ["none"]):
-        return makers | (others if given.others == ["all"] else {})
-    if unknown := set(given.others) - set(others):
-        raise UserError(f"--others: {', '.join(sorted(unknown))}: all, none, or of {', '.join(others)}")
-    return makers | {name: make for name, make in others.items() if name in given.others}
+        return {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
+    # A step's placement is the device's choice; the flag is for single tables.
+    placements = given.placement if case.what != "step" else ["sparse"]
+    makers: dict[str, Maker] = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
+    if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
+        makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
+    if case.what == "step":
+        if not case.device.slow_bf16:
+            makers[f"{OURS} bf16"] = lambda: arms.ours(case, "sparse", precision="bf16")
+        if case.device.optional_graphs:
+            makers[f"{OURS} without a graph"] = lambda: arms.ours(case, "sparse", cuda_graphs="off")
+    return makers
+
+
+def others(case: Case, title: str, given: argparse.Namespace) -> dict[str, Maker]:
+    """Makers of other people's, by name; none where a case compares ours with each other."""
+    if title == "tt":
+        return {"tltorch blocktt": lambda: arms.tltorch_tt(case, given.rank)}
+    if title not in ("lookup", "update", "step"):
+        return {}
+    makers: dict[str, Maker] = {
+        "EmbeddingBag sparse": lambda: arms.torch_bag(case, sparse=True),
+        "EmbeddingBag dense": lambda: arms.torch_bag(case, sparse=False),
+        "FBGEMM": lambda: arms.fbgemm(case),
+    }
+    if case.what == "step" and case.device.optional_graphs:
+        makers["FBGEMM in a graph"] = lambda: arms.fbgemm(case, graph=True)
+    if case.device.name == "xla":
+        makers["naive torch_xla"] = lambda: arms.naive(case)
+    return makers
 
 
 def copy_bandwidth(device: Device, size: int = 2**28) -> float:
@@ -283,7 +305,7 @@ def _device_ms(device: Device, run: Repetition, k: int) -> float:
     return begin.elapsed_time(end)
 
 
-def _tried(name: str, make: Callable[[], Repetition | None], device: Device, needed: bool) -> Repetition | None:
+def _tried(name: str, make: Maker, device: Device, needed: bool) -> Repetition | None:
     """An implementation, made and run once; None where it cannot run, which is told.
 
     Ours may refuse, unless ``needed``; any other error of ours is raised.
@@ -402,6 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "xla" in given.device:
             open_xla_first()
         devices = {name: open_device(name) for name in dict.fromkeys(given.device)}
+        to_measure = cases(given, devices)
+        check_others(given, to_measure)
         for device in devices.values():
             announce(device, "fp32")
             if "step" in given.what and device.slow_bf16:
@@ -410,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, copy in copies.items():
             print(f"{name}: copies at {copy:.1f} GB/s")
         rows: list[dict[str, Any]] = []
-        for case, title in tqdm(cases(given, devices), desc="cases", file=sys.stderr, disable=None):
+        for case, title in tqdm(to_measure, desc="cases", file=sys.stderr, disable=None):
             new = rows_of(case, title, given, copies[case.device.name])
             rows += new
             for row in new:

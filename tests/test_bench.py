@@ -132,6 +132,25 @@ def test_an_interrupted_benchmark_keeps_what_it_measured(tmp_path, capsys, monke
     assert "are kept" in capsys.readouterr().err
 
 
+def test_names_of_others_are_checked_before_anything_is_measured(capsys, tmp_path, monkeypatch):
+    out = tmp_path / "bench.json"
+    given = ["--what", "update", "tt", "scale", *SMALL, "--out", str(out)]
+    asked = bench.flags().parse_args([*given, "--others", "EmbeddingBag sparse", "tltorch blocktt"])
+    found = bench.cases(asked, {"cpu": open_device("cpu")})
+    bench.check_others(asked, found)
+    names = {title: set(bench.implementations(case, title, asked)) for case, title in found}
+    assert names["update"] >= {"dlrm_xla sparse", "EmbeddingBag sparse"}
+    assert not names["update"] & {"EmbeddingBag dense", "FBGEMM"}
+    assert names["tt"] == {"dlrm_xla tensorly_tt", "tltorch blocktt"}
+    assert names["scale"] == {"dlrm_xla 1M", "dlrm_xla 100M"}
+
+    monkeypatch.setattr(bench, "rows_of", lambda *args: pytest.fail("measured"))
+    assert bench.main([*given, "--others", "FBGEMM", "torchrec"]) == 2
+    assert "--others: torchrec: all or none alone, or of EmbeddingBag sparse" in capsys.readouterr().err
+    assert bench.main(["--what", "scale", "--others", "FBGEMM"]) == 2
+    assert "--others: FBGEMM: no case here is compared with any" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["folder", "plot.json", "plot.png", "link.json", "pipe", "/"])
 def test_files_that_cannot_be_written_are_told_before_anything_is_measured(name, capsys, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
