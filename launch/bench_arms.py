@@ -34,6 +34,11 @@ from dlrm_xla.train import Steps
 NUM_BATCHES = 8
 LEARNING_RATE = 0.01
 Repetition = Callable[[int], Any]
+# What torch's optimizers do to rows, where a row optimizer of that name does something else.
+TORCH_RULES = {
+    "sparse": {"adagrad": "adagrad_element"},  # its SparseAdam is lazy, as ours
+    "dense": {"adagrad": "adagrad_element", "adam": "adam_dense"},
+}
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,16 @@ class Case:
         """Bytes that any implementation must move for one repetition of one table, counted on the batches' own ids.
 
         A lookup reads each looked-up row and writes each bag. An update reads each bag's gradient, then reads and
-        writes each different row, and its state where there is one.
+        writes each different row, and its state where there is one; "adam_dense", Adam that is not lazy, every row.
         """
         bags = self.batch * len(self.table_rows)
         moved = (self.ids_looked_up() + bags) * self.dim * 4.0
         if self.what == "update":
-            different = np.mean([len(torch.unique(ids)) for ids in self.ids()])
-            state = {"sgd": 0.0, "adagrad": 1.0, "adagrad_element": self.dim, "adam": 2.0 * self.dim}[self.optimizer]
-            moved += bags * self.dim * 4 + different * 2 * 4 * (self.dim + state)
+            every = self.optimizer == "adam_dense"
+            written = sum(self.table_rows) if every else np.mean([len(torch.unique(ids)) for ids in self.ids()])
+            by_element = {"sgd": 0.0, "adagrad_element": 1.0, "adam": 2.0, "adam_dense": 2.0}
+            state = 1.0 if self.optimizer == "adagrad" else by_element[self.optimizer] * self.dim
+            moved += bags * self.dim * 4 + written * 2 * 4 * (self.dim + state)
         return moved
 
 

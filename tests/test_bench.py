@@ -1,5 +1,6 @@
 """The benchmark runs, counts bytes rightly and writes what it promises; how fast things are is not tested."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -59,6 +60,79 @@ def test_least_bytes_are_counted_on_the_ids_of_the_batches():
         assert ids.shape == (16, 4)
         assert ids.min() >= 0
         assert ids.max() < 50
+
+
+def test_adam_that_is_not_lazy_moves_every_row_with_its_state():
+    lazy = Case("update", open_device("cpu"), (50,), 8, 4, 1, 0.0, "adam")
+    dense = dataclasses.replace(lazy, optimizer="adam_dense")
+    different = np.mean([len(np.unique(ids.numpy())) for ids in lazy.ids()])
+    assert dense.least_bytes() - lazy.least_bytes() == pytest.approx((50 - different) * 2 * 3 * 8 * 4)
+
+
+def with_times(times, what, *flags, monkeypatch, tmp_path):
+    """The rows of the implementations of these names, as if they had taken so many milliseconds."""
+    monkeypatch.setattr(bench, "measure", lambda *args: {name: [ms] for name, ms in times.items()})
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 10.0)
+    out = tmp_path / "bench.json"
+    assert bench.main(["--what", what, *flags, *SMALL, "--out", str(out)]) == 0
+    return {row["name"].removeprefix(f"{what} "): row for row in json.loads(out.read_text())}
+
+
+def bars(monkeypatch):
+    """A list that gets each plot's panels: a title, and the names of its bars."""
+    drawn = []
+
+    def savefig(figure, *args, **kwargs):
+        drawn.append([(a.get_title(), [label.get_text() for label in a.get_yticklabels()]) for a in figure.axes])
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    return drawn
+
+
+def test_a_panel_of_the_plot_names_other_optimizers(monkeypatch, tmp_path):
+    drawn = bars(monkeypatch)
+    times = {"dlrm_xla sparse": 4.0, "EmbeddingBag sparse": 2.0, "EmbeddingBag dense": 1.0}
+    with_times(times, "update", "--optimizer", "adagrad", "adam", monkeypatch=monkeypatch, tmp_path=tmp_path)
+    ((adagrad, adam),) = drawn
+    assert adagrad[0].endswith("adagrad")
+    assert adagrad[1] == [
+        "dlrm_xla sparse",
+        "EmbeddingBag sparse, adagrad_element",
+        "EmbeddingBag dense, adagrad_element",
+    ]
+    assert adam[1] == ["dlrm_xla sparse", "EmbeddingBag sparse", "EmbeddingBag dense, adam_dense"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adagrad_element", "adam"])
+def test_only_updates_by_the_same_optimizer_are_compared(optimizer, capsys, monkeypatch, tmp_path):
+    times = {"dlrm_xla sparse": 4.0, "EmbeddingBag sparse": 2.0, "EmbeddingBag dense": 1.0, "naive torch_xla": 1.0}
+    if optimizer in ("sgd", "adagrad"):
+        times["FBGEMM"] = 8.0
+    rows = with_times(times, "update", "--optimizer", optimizer, monkeypatch=monkeypatch, tmp_path=tmp_path)
+    sparse = {"adagrad": "adagrad_element"}.get(optimizer, optimizer)
+    dense = {"adam": "adam_dense"}.get(optimizer, sparse)
+    of = {"dlrm_xla sparse": optimizer, "EmbeddingBag sparse": sparse, "EmbeddingBag dense": dense}
+    of |= {"naive torch_xla": dense, "FBGEMM": optimizer}
+    for name, row in rows.items():
+        assert row["optimizer"] == of[name]
+        assert row["optimizer_asked"] == optimizer
+        others = [ms for n, ms in times.items() if n != name and "dlrm_xla" not in n and of[n] == of[name]]
+        assert row["ratio_to_best_other"] == (min(others) / times[name] if others else None)
+        moved = Case("update", open_device("cpu"), (300,), 16, 32, 1, 1.05, of[name]).least_bytes()
+        assert row["gb_per_s"] == pytest.approx(moved / times[name] / 1e6)
+    said = capsys.readouterr().out
+    assert said.count(f"(not compared with {optimizer})") == sum(of[name] != optimizer for name in rows)
+    looked_up = with_times(times, "lookup", "--optimizer", optimizer, monkeypatch=monkeypatch, tmp_path=tmp_path)
+    assert all(row["optimizer"] == optimizer and row["ratio_to_best_other"] for row in looked_up.values())
+
+
+def test_a_step_in_bf16_is_not_compared_with_float32(capsys, monkeypatch, tmp_path):
+    times = {"dlrm_xla sparse": 4.0, "dlrm_xla bf16": 1.0, "EmbeddingBag sparse": 2.0}
+    rows = with_times(times, "step", monkeypatch=monkeypatch, tmp_path=tmp_path)
+    ratios = {name: row["ratio_to_best_other"] for name, row in rows.items()}
+    assert ratios == {"dlrm_xla sparse": 0.5, "dlrm_xla bf16": None, "EmbeddingBag sparse": None}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step dlrm_xla bf16")]
+    assert line.endswith("(not compared with float32)")
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.05])
