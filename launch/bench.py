@@ -175,8 +175,8 @@ def _write(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None
 
 
 def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[Case, str]]:
-    """The product of the flags, with a name for the title of each."""
-    found = []
+    """The product of the flags, each once, with a name for its title; some depend on few of the flags."""
+    found: list[tuple[Case, str]] = []
     product = itertools.product(
         given.what, devices.values(), given.rows, given.dim, given.batch, given.bag, given.zipf, given.optimizer
     )
@@ -185,7 +185,9 @@ def cases(given: argparse.Namespace, devices: dict[str, Device]) -> list[tuple[C
         kind = {"tt": "update", **dict.fromkeys(("scale", "placement", *WITH_PLUGINS), "step")}.get(what, what)
         tables = dict.fromkeys(("step", "placement", "plugins"), capped)
         tables |= {"scale": SCALES["1M"], "growth": (-(-rows // 26),) * 26}
-        found.append((Case(kind, device, tables.get(what, (rows,)), dim, batch, bag, zipf, optimizer), what))
+        case = Case(kind, device, tables.get(what, (rows,)), dim, batch, bag, zipf, optimizer)
+        if (case, what) not in found:
+            found.append((case, what))
     return found
 
 
@@ -423,12 +425,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    keys = ("device", "rows", "dim", "batch", "bag", "zipf", "optimizer_asked")
-    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        panels.setdefault((row["name"].split()[0], *(row[k] for k in keys)), []).append(row)
+        what = row["name"].split()[0]
+        size = " and ".join(SCALES) if what == "scale" else f"{row['rows']:,}"
+        title = f"{what} on {row['device']}: {size} x {row['dim']}, batch {row['batch']}, bag {row['bag']}, "
+        panels.setdefault(f"{title}zipf {row['zipf']}, {row['optimizer_asked']}", []).append(row)
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.6 + 1.6 * len(panels)), squeeze=False)
-    for (key, members), (axis,) in zip(panels.items(), axes, strict=True):
+    for (title, members), (axis,) in zip(panels.items(), axes, strict=True):
         names = [m["name"].partition(" ")[2] for m in members]
         colours = ["tab:blue" if n.startswith(OURS) else "tab:gray" for n in names]
         names = [
@@ -437,14 +441,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ]
         axis.barh(names, [m["ms_median"] for m in members], color=colours)
         axis.invert_yaxis()
-        axis.set_title(
-            f"{key[0]} on {key[1]}: {key[2]:,} x {key[3]}, batch {key[4]}, bag {key[5]}, zipf {key[6]}, {key[7]}",
-            fontsize=9,
-        )
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("median ms", fontsize=8)
         axis.tick_params(labelsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

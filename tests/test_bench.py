@@ -74,7 +74,7 @@ def with_times(times, what, *flags, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "measure", lambda *args: {name: [ms] for name, ms in times.items()})
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 10.0)
     out = tmp_path / "bench.json"
-    assert bench.main(["--what", what, *flags, *SMALL, "--out", str(out)]) == 0
+    assert bench.main(["--what", what, *SMALL, *flags, "--out", str(out)]) == 0
     return {row["name"].removeprefix(f"{what} "): row for row in json.loads(out.read_text())}
 
 
@@ -101,6 +101,17 @@ def test_a_panel_of_the_plot_names_other_optimizers(monkeypatch, tmp_path):
         "EmbeddingBag dense, adagrad_element",
     ]
     assert adam[1] == ["dlrm_xla sparse", "EmbeddingBag sparse", "EmbeddingBag dense, adam_dense"]
+
+
+def test_tables_of_both_scales_are_bars_of_one_panel(monkeypatch, tmp_path):
+    drawn = bars(monkeypatch)
+    times = {"dlrm_xla 1M": 4.0, "dlrm_xla 100M": 5.0}
+    monkeypatch.setattr(bench.arms, "ours", lambda case, placement: lambda k: None)
+    rows = with_times(times, "scale", "--rows", "300", "400", monkeypatch=monkeypatch, tmp_path=tmp_path)
+    assert rows["dlrm_xla 100M"]["ratio_to_1M"] == 1.25
+    ((title, names),) = drawn[0]
+    assert names == ["dlrm_xla 1M", "dlrm_xla 100M"]
+    assert "1M and 100M" in title
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adagrad_element", "adam"])
