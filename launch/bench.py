@@ -30,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,17 +215,17 @@ def ours(case: Case, title: str, given: argparse.Namespace) -> dict[str, Maker]:
     if title == "scale":
         # The same ids, those of the smallest tables, looked up in tables of every size.
         sized = {n: dataclasses.replace(case, table_rows=tables, id_rows=SCALES["1M"]) for n, tables in SCALES.items()}
-        return {f"{OURS} {n}": lambda c=c: arms.ours(c, "sparse") for n, c in sized.items()}
+        return {f"{OURS} {n}": partial(arms.ours, c, "sparse") for n, c in sized.items()}
     if title == "placement":
-        return {f"{OURS} {m} {d}": lambda m=m, d=d: arms.placed(case, m, d) for m, d in THRESHOLDS}
+        return {f"{OURS} {m} {d}": partial(arms.placed, case, m, d) for m, d in THRESHOLDS}
     if title in WITH_PLUGINS:
         specs = [EXACT, *(given.plugin or sorted(installed()))]
-        return {f"{OURS} {spec}": lambda s=spec: arms.with_plugin(case, s, given.ratio) for spec in specs}
+        return {f"{OURS} {spec}": partial(arms.with_plugin, case, spec, given.ratio) for spec in specs}
     if title == "tt":
         return {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
     # A step's placement is the device's choice; the flag is for single tables.
     placements = given.placement if case.what != "step" else ["sparse"]
-    makers: dict[str, Maker] = {f"{OURS} {p}": lambda p=p: arms.ours(case, p) for p in placements}
+    makers: dict[str, Maker] = {f"{OURS} {p}": partial(arms.ours, case, p) for p in placements}
     if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
         makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
     if case.what == "step":

@@ -85,7 +85,7 @@ class Case:
         moved = (self.ids_looked_up() + bags) * self.dim * 4.0
         if self.what == "update":
             every = self.optimizer == "adam_dense"
-            written = sum(self.table_rows) if every else np.mean([len(torch.unique(ids)) for ids in self.ids()])
+            written = sum(self.table_rows) if every else float(np.mean([len(torch.unique(ids)) for ids in self.ids()]))
             by_element = {"sgd": 0.0, "adagrad_element": 1.0, "adam": 2.0, "adam_dense": 2.0}
             state = 1.0 if self.optimizer == "adagrad" else by_element[self.optimizer] * self.dim
             moved += bags * self.dim * 4 + written * 2 * 4 * (self.dim + state)
@@ -176,7 +176,7 @@ def plugin_steps(case: Case, spec: str, ratio: float, **settings: Any) -> tuple[
     return _steps(case, plan(_tables(case), spec, {}, least, RowTable, budget)[1], **settings)
 
 
-def naive(case: Case) -> Repetition:
+def naive(case: Case) -> Repetition | None:
     """Autograd through the table, as `nn.Embedding` does it, with a dense torch optimizer: what XLA gets by default."""
     device = case.device
     if case.what == "step":
