@@ -9,6 +9,7 @@ Shape suffixes used in the whole project:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,26 +189,41 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Size:
-    """The option that sizes a plugin, and its values for a table from the smallest bag to the largest."""
+    """The option that sizes a plugin, and its values for a table from the smallest bag to the largest.
+
+    ``values(table, **options)``: whatever options of the plugin are set.
+    """
 
     option: str
-    values: Callable[[Table], Sequence[int]]
+    values: Callable[..., Sequence[int]]
 
 
 _P = TypeVar("_P", bound=Callable[..., nn.Module])
 
 
-def sized(option: str, values: Callable[[Table], Sequence[int]]) -> Callable[[_P], _P]:
+def sized(option: str, values: Callable[..., Sequence[int]]) -> Callable[[_P], _P]:
     """Marks a plugin as one that ``--ratio`` and ``--memory`` can size by an option.
 
         @sized("rank", lambda table: range(1, table.dim))
         def low_rank(table, inner, *, rank=4): ...
 
-    A value further on must not keep fewer bytes. What cannot be built (a ValueError) is not asked for: leave it out.
+    Where values depend on other options, these are parameters too: ``lambda table, parts: ...``. A value further on
+    must not keep fewer bytes. What the plugin refuses (a ValueError) is passed over at either end, as where a plugin
+    behind it asks for more.
     """
 
     def mark(plugin: _P) -> _P:
-        plugin.size = Size(option, values)  # type: ignore[attr-defined]
+        known = inspect.signature(plugin).parameters
+        asked = list(inspect.signature(values).parameters)[1:]
+        for name in asked:
+            if name not in known:
+                raise TypeError(f"the values of {option!r} depend on {name!r}, which is no option of {plugin.__name__}")
+        defaults = {name: known[name].default for name in asked}
+
+        def of_table(table: Table, **options: object) -> Sequence[int]:
+            return values(table, **{name: options.get(name, default) for name, default in defaults.items()})
+
+        plugin.size = Size(option, of_table)  # type: ignore[attr-defined]
         return plugin
 
     return mark

@@ -8,6 +8,10 @@ class UserError(Exception):
     """The user can mend this: the message says what was wrong, what was expected and what to do."""
 
 
+class Refusal(UserError):
+    """A plugin does not take a table at these options: its ValueError, told with both."""
+
+
 def choices(name: str, known: Iterable[str]) -> str:
     """Says which names there are, the nearest one first: ``did you mean 'a'? known are: a, b``."""
     names = sorted(known)

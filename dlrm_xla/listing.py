@@ -6,7 +6,8 @@ The latter is found by building the plugin on the ``meta`` device, so that it ho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,9 @@ from dlrm_xla.plan import bytes_kept
 from dlrm_xla.registry import installed, load, options_of, package, type_name
 from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
+from dlrm_xla.sizing import first_that_builds
 
 PROBE = Table("probe", 1_000_000, 16)
-# Where even the smallest sizes cannot be built, as many are tried.
-_TRIES = 100
 
 
 def describe() -> list[dict[str, str]]:
@@ -115,14 +115,19 @@ def _post_training(plugin: Plugin) -> bool:
 def _floor(plugin: Plugin) -> str:
     """The highest ratio of exact bytes to bytes kept, by the option that sizes the plugin."""
     size: Size | None = getattr(plugin, "size", None)
-    exact = PROBE.num_rows * PROBE.dim * 4
-    for value in size.values(PROBE)[:_TRIES] if size else [None]:
+    values: Sequence[Any] = size.values(PROBE) if size else [None]
+
+    def kept(index: int) -> float:
         try:
-            kept = bytes_kept(_built(plugin, {size.option: value} if size else {}))
+            return bytes_kept(_built(plugin, {size.option: values[index]} if size else {}))
         except ValueError:
-            continue
-        if kept >= exact:
-            return "what follows it"
-        sized_by = f" by {size.option}" if size else ", not sized"
-        return f"{exact / kept:,.3g}x{sized_by}" if exact / kept < 1000 else f"{exact / kept:,.0f}x{sized_by}"
-    return "unknown"
+            return math.inf
+
+    least = first_that_builds(len(values), lambda index: kept(index) < math.inf)
+    if least is None:
+        return "unknown"
+    ratio = PROBE.num_rows * PROBE.dim * 4 / kept(least)
+    if ratio <= 1:
+        return "what follows it"
+    sized_by = f" by {size.option}" if size else ", not sized"
+    return f"{ratio:,.3g}x{sized_by}" if ratio < 1000 else f"{ratio:,.0f}x{sized_by}"

@@ -14,14 +14,14 @@ from torch import nn
 from dlrm_xla.config import Config
 from dlrm_xla.contract import MakeBag, Table
 from dlrm_xla.device import RowAccess
-from dlrm_xla.errors import UserError, choices
+from dlrm_xla.errors import Refusal, UserError, choices
 from dlrm_xla.registry import Layer, compose, parse
 from dlrm_xla.row_lines import Placement, lines_of
 from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.row_rules import RULES
 from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
-from dlrm_xla.sizing import Budget, fit, smallest_layers
+from dlrm_xla.sizing import Budget, fit, size_range
 from dlrm_xla.tpu import row_bytes, storage_bytes
 
 _UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
@@ -112,9 +112,12 @@ def plan(
         )
     replaced = [t for t in tables if t.name not in single and (budget or t.num_rows >= min_rows)]
     if replaced:
-        check_composition(parse(plugin), max(replaced, key=lambda t: t.num_rows), innermost, smallest=bool(budget))
+        layers, largest = parse(plugin), max(replaced, key=lambda t: t.num_rows)
+        if budget:
+            layers = smallest_layers(layers, largest, innermost)
+        check_composition(layers, largest, innermost)
     plans, bags = [], []
-    sizes = {}
+    sizes: dict[str, tuple[list[Layer], str]] = {}
     if budget:
         given = [t for t in tables if t.name in single]
         spent = sum(
@@ -124,14 +127,12 @@ def plan(
         sizes = fit([t for t in tables if t.name not in single], parse(plugin), left, innermost, on_meta)
     for table in tables:
         spec = single.get(table.name, plugin)
-        layers = sizes.get(table.name, parse(spec))
+        layers, note = sizes.get(table.name, (parse(spec), ""))
         exact = bytes_kept(on_meta(innermost, table))
-        note = ""
-        if table.name in sizes:
-            note = "" if layers else "below the cap"
-        elif layers and table.name not in single and table.num_rows < min_rows:
+        is_given = table.name in sizes or table.name in single
+        if layers and not is_given and table.num_rows < min_rows:
             layers, note = [], f"below {min_rows} rows"
-        elif layers:
+        elif layers and table.name not in sizes:
             kept = bytes_kept(on_meta(compose(layers, innermost), table, spec))
             if kept >= exact:
                 layers, note = [], f"{spec} would keep {kept:,} bytes, no less than exact"
@@ -143,14 +144,24 @@ def plan(
     return plans, bags
 
 
-def check_composition(layers: list[Layer], table: Table, innermost: MakeBag, smallest: bool = False) -> None:
+def smallest_layers(layers: list[Layer], table: Table, innermost: MakeBag) -> list[Layer]:
+    """The layers with the smallest size of the one that a budget sizes, of those that are not refused.
+
+    Where all are, the first, whose refusal says why.
+    """
+
+    def build(layers: list[Layer]) -> nn.Module:
+        return on_meta(compose(layers, innermost), table, "+".join(map(str, layers)))
+
+    ends = size_range(layers, table, build)
+    return ends[0] if ends else layers
+
+
+def check_composition(layers: list[Layer], table: Table, innermost: MakeBag) -> None:
     """Raises a UserError where a plugin asks for no table, so that what is written behind it would do nothing.
 
-    ``table`` should be the largest, for a plugin may need nothing behind it in small ones; with ``smallest`` the layer
-    that a budget sizes is taken at its smallest.
+    ``table`` should be the largest, for a plugin may need nothing behind it in small ones.
     """
-    if smallest:
-        layers = smallest_layers(layers, table)
     for place, layer in enumerate(layers[:-1], 1):
         behind = compose(layers[place:], innermost)
         asked: list[Table] = []
@@ -178,7 +189,7 @@ def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(
+        raise Refusal(
             f"plugin {spec!r} refuses table {table.name} ({table.num_rows} x {table.dim}): {error}"
         ) from error
     except Exception as error:  # whatever a stranger's plugin makes of its options

@@ -7,6 +7,7 @@ small tables are where few bytes carry much.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from dlrm_xla.contract import MakeBag, Size, Table
-from dlrm_xla.errors import UserError
+from dlrm_xla.errors import Refusal, UserError
 from dlrm_xla.registry import Layer, compose, load
 
 
@@ -42,14 +43,58 @@ def sized_layer(layers: Sequence[Layer]) -> tuple[int, Size] | None:
     return None
 
 
-def smallest_layers(layers: Sequence[Layer], table: Table) -> list[Layer]:
-    """The layers with the smallest size of the one that a budget sizes."""
+def sizes_of(layers: Sequence[Layer], table: Table) -> Sequence[int]:
+    """Values of the option that a budget sizes, from the smallest bag on; empty where it sizes none."""
     found = sized_layer(layers)
-    values = found[1].values(table) if found else []
-    return with_size(layers, *found, values[0]) if found and len(values) else list(layers)
+    return found[1].values(table, **layers[found[0]].options) if found else []
 
 
-def with_size(layers: Sequence[Layer], place: int, size: Size, value: int) -> list[Layer]:
+def first_that_builds(count: int, builds: Callable[[int], bool]) -> int | None:
+    """The first of ``count`` sizes, from the smallest bag on, that is not refused, where all before it are.
+
+    None where none is found. A plugin behind another may ask for more than the smallest: product codes of two numbers
+    for a rank of two.
+    """
+    if not count:
+        return None
+    refused, found = -1, 0
+    while not builds(found):
+        if found == count - 1:
+            return None
+        refused, found = found, min(2 * found + 1, count - 1)
+    while found - refused > 1:
+        middle = (refused + found) // 2
+        refused, found = (refused, middle) if builds(middle) else (middle, found)
+    return found
+
+
+def size_range(
+    layers: Sequence[Layer], table: Table, build: Callable[[list[Layer]], nn.Module]
+) -> tuple[list[Layer], list[Layer]] | None:
+    """The layers with the first and the last size that is not refused; None where there are no sizes.
+
+    Where all are, the first and last of these, so that building them says why.
+    """
+    found, values = sized_layer(layers), sizes_of(layers, table)
+    if found is None or not len(values):
+        return None
+
+    def at(index: int) -> list[Layer]:
+        return with_size(layers, *found, values[index])
+
+    def builds(index: int) -> bool:
+        try:
+            build(at(index))
+        except Refusal:
+            return False
+        return True
+
+    first = first_that_builds(len(values), builds)
+    behind = first_that_builds(len(values), lambda index: builds(len(values) - 1 - index))
+    return at(first or 0), at(len(values) - 1 - (behind or 0))
+
+
+def with_size(layers: Sequence[Layer], place: int, size: Size, value: object) -> list[Layer]:
     """The layers with a value of the option that sizes the one at ``place``."""
     options: Mapping[str, object] = {**layers[place].options, size.option: value}
     return [*layers[:place], replace(layers[place], options=options), *layers[place + 1 :]]
@@ -61,15 +106,16 @@ def fit(
     budget: Budget,
     innermost: MakeBag,
     build: Callable[[MakeBag, Table, str], nn.Module],
-) -> dict[str, list[Layer]]:
-    """The layers of each table by name, [] for exact, that together cost at most the budget.
+) -> dict[str, tuple[list[Layer], str]]:
+    """The layers of each table by name that together cost at most the budget; [] for exact, and why it is.
 
-    Raises UserError with the reachable range where even the smallest candidates cost more.
+    A table that is refused at every size stays exact. Raises UserError with the reachable range where even the smallest
+    candidates cost more.
     """
     candidates = [_Candidates(table, list(layers), budget.cost, innermost, build) for table in tables]
     least = sum(c.choose(0)[1] for c in candidates)
     if least > budget.bytes:
-        raise UserError(_refusal(layers, budget, least))
+        raise UserError(_refusal(layers, budget, least, [c.table.name for c in candidates if c.is_refused]))
 
     def total(cap: float) -> int:
         return sum(c.choose(cap)[1] for c in candidates)
@@ -80,12 +126,14 @@ def fit(
     while high - low > max(1, low / 1000):
         middle = (low + high) / 2
         low, high = (middle, high) if total(middle) <= budget.bytes else (low, middle)
-    return {c.table.name: c.choose(low)[0] for c in candidates}
+    return {c.table.name: (c.choose(low)[0], c.why_exact(low)) for c in candidates}
 
 
-def _refusal(layers: Sequence[Layer], budget: Budget, least: int) -> str:
+def _refusal(layers: Sequence[Layer], budget: Budget, least: int, refused: Sequence[str]) -> str:
     spec = "+".join(map(str, layers))
     text = f"{budget.asked}: {spec} takes at least {least:,} bytes for these tables"
+    if refused:
+        text += f" (exact at every size, for it is refused: {', '.join(refused)})"
     unsized = f". {spec} has no size left to choose but by its options" if sized_layer(layers) is None else ""
     if budget.spent:
         text += f" beside {budget.spent:,} of those with a plugin of their own"
@@ -111,13 +159,30 @@ class _Candidates:
     innermost: MakeBag
     build: Callable[[MakeBag, Table, str], nn.Module]
     exact: int = 0
-    _costs: dict[int, int] = field(default_factory=dict)
+    _costs: dict[int, float] = field(default_factory=dict)
     _choices: dict[float, tuple[list[Layer], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.exact = self.cost(self.build(self.innermost, self.table, "exact"), self.table)
         self._sized = sized_layer(self.layers)
-        self._values = self._sized[1].values(self.table) if self._sized else range(1)
+        self._values = sizes_of(self.layers, self.table) if self._sized else range(1)
+
+    @functools.cached_property
+    def _least(self) -> int | None:
+        return first_that_builds(len(self._values), lambda index: self._cost(index) < math.inf)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether there are sizes and all are refused."""
+        return len(self._values) > 0 and self._least is None
+
+    def why_exact(self, cap: float) -> str:
+        """Why the table stays exact; '' where it does not."""
+        if self.choose(cap)[0]:
+            return ""
+        if self.exact <= cap:
+            return "below the cap"
+        return "refused at every size" if self.is_refused else "no size is smaller"
 
     def choose(self, cap: float) -> tuple[list[Layer], int]:
         """The largest bag of at most ``cap`` bytes, else the smallest there is; and its bytes."""
@@ -126,22 +191,29 @@ class _Candidates:
         return self._choices[cap]
 
     def _choose(self, cap: float) -> tuple[list[Layer], int]:
-        if self.exact <= cap or not len(self._values):
+        if self.exact <= cap or self._least is None:
             return [], self.exact
         # What was counted for other caps brackets the answer.
-        low = max((i for i, c in self._costs.items() if c <= cap), default=0)
+        low = max((i for i, c in self._costs.items() if c <= cap), default=self._least)
         high = min((i - 1 for i, c in self._costs.items() if c > cap and i > low), default=len(self._values) - 1)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._cost(middle) <= cap else (low, middle - 1)
         bytes_ = self._cost(low)
-        return ([], self.exact) if bytes_ >= self.exact else (self._at(low), bytes_)
+        return ([], self.exact) if bytes_ >= self.exact else (self._at(low), int(bytes_))
 
-    def _cost(self, index: int) -> int:
+    def _cost(self, index: int) -> float:
+        """Bytes at a size; infinite where that is refused, so that a smaller one is taken."""
         if index not in self._costs:
             layers = self._at(index)
-            bag = self.build(compose(layers, self.innermost), self.table, "+".join(map(str, layers)))
-            self._costs[index] = self.cost(bag, self.table)
+            try:
+                bag = self.build(compose(layers, self.innermost), self.table, "+".join(map(str, layers)))
+            except Refusal:
+                if self._sized is None:
+                    raise
+                self._costs[index] = math.inf
+            else:
+                self._costs[index] = self.cost(bag, self.table)
         return self._costs[index]
 
     def _at(self, index: int) -> list[Layer]:

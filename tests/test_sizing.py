@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import launch_script
 
-from dlrm_xla import plan, registry
-from dlrm_xla.contract import Size, Table
+from dlrm_xla import plan, registry, sizing
+from dlrm_xla.contract import Size, Table, sized
 from dlrm_xla.errors import UserError
 from dlrm_xla.rows import RowTable
 from dlrm_xla.sizing import Budget
@@ -17,9 +18,16 @@ TABLES = [Table(f"t{rows}", rows, 16) for rows in (3, 40, 583, 5000, 70_000, 1_0
 WHOLE = sum(t.num_rows for t in TABLES) * 64
 
 
-def _planned(spec, ratio, single=None, tables=TABLES):
-    budget = Budget(WHOLE / ratio, lambda bag, table: plan.bytes_kept(bag), f"--ratio {ratio}", WHOLE)
+def _planned(spec, ratio, single=None, tables=TABLES, whole=WHOLE):
+    budget = Budget(whole / ratio, lambda bag, table: plan.bytes_kept(bag), f"--ratio {ratio}", whole)
     return plan.plan(tables, spec, single or {}, 10**9, budget=budget)[0]
+
+
+def _only(monkeypatch, plugin):
+    """Has that plugin installed and none else."""
+    monkeypatch.setattr(registry, "installed", lambda: {plugin.__name__: None})
+    monkeypatch.setattr(registry, "load", lambda name: plugin)
+    monkeypatch.setattr(sizing, "load", lambda name: plugin)
 
 
 def _sized_plugins():
@@ -50,6 +58,71 @@ def test_a_ratio_is_kept_and_nearly_used_up(name, ratio):
     assert sum(p.bytes for p in plans) <= WHOLE / ratio
     if name not in ("tensorly_tt", "dhe"):  # whose sizes go in larger steps
         assert sum(p.bytes for p in plans) > 0.95 * WHOLE / ratio
+
+
+@pytest.mark.parametrize(
+    ("spec", "ratio"),
+    [
+        *(("count_sketch:hashes=4", 20), ("count_sketch:hashes=50", 100), ("compositional:parts=4", 20)),
+        *(("compositional:parts=5", 20), ("svd+pq", 20), ("low_rank+robe:blocks=2000", 20)),
+    ],
+)
+def test_sizes_that_other_options_or_plugins_refuse_are_passed_over(spec, ratio):
+    plans = _planned(spec, ratio)
+    assert sum(p.bytes for p in plans) <= WHOLE / ratio
+    assert plans[-1].plugin.startswith(re.split("[:+]", spec)[0])
+
+
+def test_sizes_refused_at_either_end_leave_those_between(monkeypatch):
+    @sized("rank", lambda table: range(1, 1000))
+    def picky(table, inner, *, rank: int = 500):
+        if not 317 <= rank <= 611:
+            raise ValueError(f"picky: rank is {rank}, but must be from 317 to 611")
+        return inner(replace(table, num_rows=rank))
+
+    _only(monkeypatch, picky)
+    table = Table("t", 5000, 16)
+    for rows, kept in ((316, 317), (317.5, 317), (400, 400), (700, 611), (6000, 5000)):
+        budget = Budget(rows * 64, lambda bag, _: plan.bytes_kept(bag), "--memory")
+        if rows < 317:
+            with pytest.raises(UserError, match=r"--memory 21kB is the least"):
+                plan.plan([table], "picky", {}, 0, budget=budget)
+        else:
+            assert plan.plan([table], "picky", {}, 0, budget=budget)[0][0].bytes == kept * 64
+
+
+@pytest.mark.parametrize("parts", [3, 4, 5])
+@pytest.mark.parametrize("rows", [50, 5000, 1_000_000])
+def test_compositional_sizes_begin_with_the_fewest_rows(rows, parts):
+    kept = [
+        plan.bytes_kept(plan.on_meta(registry.compose(registry.parse(spec), RowTable), Table("t", rows, 4)))
+        for radix in range(2, 2 + rows // 2 if rows < 100 else 110)
+        for spec in [f"compositional:parts={parts},collisions={radix ** (parts - 1)}"]
+    ]
+    table = Table("t", rows, 4)
+    least = registry.load("compositional").size.values(table, parts=parts)[0]
+    layers = registry.parse(f"compositional:parts={parts},collisions={least}")
+    assert plan.bytes_kept(plan.on_meta(registry.compose(layers, RowTable), table)) == min(kept)
+
+
+def test_a_table_that_is_refused_at_every_size_stays_exact_and_the_largest_is_an_error():
+    tables = [Table("narrow", 90, 3), Table("large", 100_000, 16)]
+    whole = sum(4 * t.num_rows * t.dim for t in tables)
+    narrow, large = _planned("svd+pq:width=4", 20, tables=tables, whole=whole)
+    assert (narrow.plugin, narrow.note) == ("exact", "below the cap")
+    assert large.plugin.endswith("+pq:width=4")
+    with pytest.raises(UserError, match=r"exact at every size, for it is refused: narrow"):
+        _planned("svd+pq:width=4", 20, tables=[Table("narrow", 90_000, 3), tables[1]], whole=whole)
+    with pytest.raises(UserError, match=r"'svd:rank=1\+pq:width=99' refuses table large .*width from 1 to 1"):
+        _planned("svd+pq:width=99", 20, tables=tables, whole=whole)
+
+
+def test_values_that_depend_on_what_is_no_option_are_an_error():
+    with pytest.raises(TypeError, match="values of 'rank' depend on 'parts', which is no option of plugin"):
+
+        @sized("rank", lambda table, parts: range(1, parts))
+        def plugin(table, inner, *, rank: int = 1):
+            return inner(table)
 
 
 def test_a_table_of_more_numbers_than_ids_reach_is_sized():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -33,7 +34,15 @@ def quotient_remainder(
     return _compositional(table, inner, [collisions], op)
 
 
-@sized("collisions", lambda table: range(max(4, round(table.num_rows ** (2 / 3))), 3, -1))
+def _collisions(table: Table, parts: int) -> Sequence[int]:
+    """From those of the fewest rows, near num_rows^(1 - 1 / parts), to two ids a digit."""
+    digits = max(parts, 3) - 1
+    near = max(2, math.floor(table.num_rows ** (1 / (digits + 1)) + 1e-9))
+    radix = min(near, near + 1, key=lambda radix: math.ceil(table.num_rows / radix**digits) + digits * radix)
+    return range(radix**digits, 2**digits - 1, -1)
+
+
+@sized("collisions", _collisions)
 def compositional(
     table: Table, inner: MakeBag, *, collisions: int = 64, parts: int = 3, op: Literal["mult", "add"] = "mult"
 ) -> nn.Module:
