@@ -21,7 +21,7 @@ from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.row_rules import RULES
 from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
-from dlrm_xla.sizing import Budget, fit, size_range
+from dlrm_xla.sizing import Budget, fit, size_range, sized_layer
 from dlrm_xla.tpu import row_bytes, storage_bytes
 
 _UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
@@ -147,14 +147,26 @@ def plan(
 def smallest_layers(layers: list[Layer], table: Table, innermost: MakeBag) -> list[Layer]:
     """The layers with the smallest size of the one that a budget sizes, of those that are not refused.
 
-    Where all are, the first, whose refusal says why.
+    A UserError where all are, or where the largest keeps fewer bytes.
     """
 
     def build(layers: list[Layer]) -> nn.Module:
         return on_meta(compose(layers, innermost), table, "+".join(map(str, layers)))
 
-    ends = size_range(layers, table, build)
-    return ends[0] if ends else layers
+    found, ends = sized_layer(layers), size_range(layers, table, build)
+    if found is None or ends is None:
+        return layers
+    first, last = (bytes_kept(build(end)) for end in ends)
+    if first > last:
+        place, size = found
+        raise UserError(
+            f"plugin {layers[place].name!r} lists the values of {size.option!r} in the wrong order: for table "
+            f"{table.name} ({table.num_rows} x {table.dim}) its bag keeps {first:,} bytes at "
+            f"{ends[0][place].options[size.option]}, of the first ones, and {last:,} at "
+            f"{ends[1][place].options[size.option]}, of the last. Have its authors turn them round (dlrm_xla.contract."
+            "sized), or set the option yourself."
+        )
+    return ends[0]
 
 
 def check_composition(layers: list[Layer], table: Table, innermost: MakeBag) -> None:

@@ -117,6 +117,16 @@ def test_a_table_that_is_refused_at_every_size_stays_exact_and_the_largest_is_an
         _planned("svd+pq:width=99", 20, tables=tables, whole=whole)
 
 
+def test_sizes_in_the_wrong_order_are_refused_with_plugin_and_option(monkeypatch):
+    @sized("rows", lambda table: range(table.num_rows, 1, -1))
+    def reverse(table, inner, *, rows: int = 100):
+        return inner(replace(table, num_rows=rows))
+
+    _only(monkeypatch, reverse)
+    with pytest.raises(UserError, match=r"plugin 'reverse' lists the values of 'rows' in the wrong order: .* 5000, of"):
+        _planned("reverse", 20, tables=[Table("small", 50, 16), Table("t", 5000, 16)])
+
+
 def test_values_that_depend_on_what_is_no_option_are_an_error():
     with pytest.raises(TypeError, match="values of 'rank' depend on 'parts', which is no option of plugin"):
 
