@@ -27,7 +27,7 @@ PROBE = Table("probe", 1_000_000, 16)
 def describe() -> list[dict[str, str]]:
     """One row per installed plugin: name, package, summary (its docstring's first line), options, traits.
 
-    A plugin that does not import has a summary that says so, and the rest empty.
+    A plugin that does not import, or whose options have no types, has a summary that says so, and the rest empty.
     """
     rows = []
     for name, entry in sorted(installed().items()):
@@ -38,9 +38,12 @@ def describe() -> list[dict[str, str]]:
             rows.append(row | {"summary": f"BROKEN: {error}"})
             continue
         row["summary"] = (inspect.getdoc(plugin) or "").partition("\n")[0]
-        row["options"] = ", ".join(
-            f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options_of(plugin).values()
-        )
+        try:
+            options = options_of(plugin).values()
+        except UserError as error:
+            rows.append(row | {"summary": f"BROKEN: {error}"})
+            continue
+        row["options"] = ", ".join(f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options)
         try:
             found = traits(plugin)
         except Exception as error:  # whatever a stranger's plugin raises: its line says so, the list goes on

@@ -76,9 +76,33 @@ def load(name: str) -> Plugin:
 
 
 def options_of(plugin: Plugin) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a plugin, with evaluated annotations."""
-    signature = inspect.signature(plugin, eval_str=True)
-    return {p.name: p for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    """The keyword-only parameters of a plugin, with evaluated annotations.
+
+    Only those are: the others may have types that are imported for type checkers alone. Raises UserError where one of
+    these cannot be evaluated.
+    """
+    parameters = inspect.signature(plugin).parameters.values()
+    return {p.name: _evaluated(plugin, p) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _evaluated(plugin: Plugin, parameter: inspect.Parameter) -> inspect.Parameter:
+    if not isinstance(parameter.annotation, str):
+        return parameter
+    # What has the signature: behind wrappers and partial, a class's __init__, an object's __call__.
+    function: Any = inspect.unwrap(plugin)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    if not hasattr(function, "__globals__"):
+        function = getattr(function, "__init__" if isinstance(function, type) else "__call__")
+    try:
+        return parameter.replace(annotation=eval(parameter.annotation, function.__globals__))
+    except Exception as error:  # whatever a stranger's annotation raises
+        name = getattr(plugin, "__name__", type(plugin).__name__)
+        raise UserError(
+            f"the type {parameter.annotation!r} of option {parameter.name!r} of plugin {name} ({function.__module__}) "
+            f"cannot be evaluated: {type(error).__name__}: {error}. It must be known when the plugin runs: have its "
+            "authors import it outside of if TYPE_CHECKING."
+        ) from error
 
 
 def parse(spec: str) -> list[Layer]:

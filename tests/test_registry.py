@@ -64,6 +64,55 @@ def test_a_plugin_that_does_not_import_is_named_and_spoils_no_list(monkeypatch):
     assert "BROKEN" in rows[0]["summary"]
 
 
+_TYPED = """
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from somewhere import Kind, Table
+
+def fine(table: Table, inner: Kind, *, rank: int | None = 2, kind: Literal["a", "b"] = "a") -> Kind:
+    "Types for checkers alone."
+    return inner(table)
+
+def unknown(table: Table, inner: Kind, *, kind: Kind = None):
+    return inner(table)
+
+@functools.wraps(fine)
+def wrapped(*args, **options):
+    return fine(*args, **options)
+
+class Class:
+    def __init__(self, table: Table, inner: Kind, *, rank: int | None = 2, kind: Literal["a", "b"] = "a") -> None: ...
+
+class Object:
+    def __call__(self, table: Table, inner: Kind, *, rank: int | None = 2, kind: Literal["a", "b"] = "a") -> Kind:
+        return inner(table)
+
+object_ = Object()
+part = functools.partial(fine)
+"""
+
+
+def test_types_for_type_checkers_alone_spoil_no_list(monkeypatch, tmp_path):
+    (tmp_path / "typed_plugins.py").write_text(_TYPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["Class", "fine", "object_", "part", "unknown", "wrapped"]
+    _entry_points(monkeypatch, *(EntryPoint(name, f"typed_plugins:{name}", registry.GROUP) for name in names))
+    rows = listing.describe()
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        if row["name"] == "unknown":
+            assert "BROKEN: the type 'Kind' of option 'kind' of plugin unknown (typed_plugins)" in row["summary"]
+        else:
+            assert row["options"] == "rank: int | None = 2, kind: 'a' | 'b' = 'a'"
+    assert registry.parse("fine:rank=none,kind=b")[0].options == {"rank": None, "kind": "b"}
+    with pytest.raises(UserError, match=r"of plugin unknown .*: NameError: name 'Kind'.*outside of if TYPE_CHECKING"):
+        registry.parse("unknown:kind=1")
+
+
 def test_two_packages_with_one_name_are_an_error(monkeypatch):
     _entry_points(monkeypatch, EntryPoint("x", "a:p", registry.GROUP), EntryPoint("x", "b:p", registry.GROUP))
     with pytest.raises(UserError, match="two packages bring a plugin named 'x'"):
