@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from dlrm_xla import registry
 from dlrm_xla.config import resolve
 from dlrm_xla.xla_device import open_xla_first
 
@@ -25,6 +26,12 @@ if not HAS_CUDA:
 HAS_XLA = open_xla_first()
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DLRM_XLA_SHARED", ROOT.parent / "shared"))
+
+
+def install(monkeypatch, *plugins):
+    """Has these plugins installed, by their functions' names, and no others."""
+    entries = [SimpleNamespace(name=p.__name__, value=p.__name__, dist=None, load=lambda p=p: p) for p in plugins]
+    monkeypatch.setattr(registry, "_entry_points", lambda: entries)
 
 
 needs_xla = pytest.mark.skipif(not HAS_XLA, reason="torch_xla is not installed: pip install -e '.[xla]'")
