@@ -6,6 +6,7 @@ class TestMine(BagContract):
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,14 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla import registry
-from dlrm_xla.contract import Table
+from dlrm_xla.contract import FromTable, Size, Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.export import store
 from dlrm_xla.plan import bytes_kept
+from dlrm_xla.registry import Layer
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
+from dlrm_xla.sizing import with_size
+from dlrm_xla.trained_rows import TrainedRows
 from dlrm_xla.xla_device import open_xla_first
 
 # Tests of one process share it, and torch_xla must come before the first backward.
@@ -58,10 +63,10 @@ class BagContract:
         weights[::3, -1] = 0
         return torch.from_numpy(ids), torch.from_numpy(weights)
 
-    def dense_twin(self, bag: nn.Module) -> Tensor:
+    def dense_twin(self, bag: nn.Module, num_rows: int | None = None) -> Tensor:
         """The table that the bag stands for, [rows, dim]: each id looked up by itself."""
         with torch.no_grad():
-            ids = torch.arange(self.table.num_rows, dtype=torch.int32).unsqueeze(1)
+            ids = torch.arange(num_rows or self.table.num_rows, dtype=torch.int32).unsqueeze(1)
             twin: Tensor = bag(ids, torch.ones(ids.shape))
             return twin
 
@@ -248,6 +253,60 @@ class BagContract:
         except ValueError:
             return
         assert kept < exact, f"{self.plugin} keeps {kept:,} bytes, exact rows {exact:,}"
+
+    def test_is_stored_in_the_bytes_that_are_counted(self) -> None:
+        """Of a bag that is `Stored`, or has one inside: what is served holds those bytes and gives the same lookups."""
+        bag = self.make().eval()
+        if not any(hasattr(module, "bytes_to_serve") for module in bag.modules()):
+            return
+        ids, weights = self.inputs()
+        expected, counted = bag(ids, weights), bytes_kept(bag)
+        model = nn.Module()
+        model.bag = bag
+        store(model)
+        held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        assert sum(held.values()) == counted, f"{counted:,} bytes are counted, {sum(held.values()):,} served"
+        torch.testing.assert_close(model.bag(ids, weights), expected, atol=self.tolerance / 100, rtol=1e-5)
+
+    def test_a_later_size_keeps_no_less(self) -> None:
+        """The order of values that `dlrm_xla.contract.sized` asks for, of each plugin around exact tables.
+
+        For few rows with the plugin's defaults: with other options what a bag keeps besides rows may weigh more there.
+        """
+        for layer in registry.parse(self.plugin):
+            size: Size | None = getattr(registry.load(layer.name), "size", None)
+            if size is None:
+                continue
+            for num_rows, of in ((self.table.num_rows, layer), (min(50, self.table.num_rows), Layer(layer.name))):
+                table = replace(self.table, num_rows=num_rows)
+                values = size.values(table, **of.options)
+                kept = {}
+                for value in [values[k * (len(values) - 1) // 12] for k in range(13)] if len(values) else []:
+                    make = registry.compose(with_size([of], 0, size, value), RowTable)
+                    with contextlib.suppress(ValueError), shapes_alone():
+                        kept[value] = bytes_kept(make(table))
+                assert list(kept.values()) == sorted(kept.values()), (
+                    f"{layer.name} keeps by {size.option}, for {num_rows:,} rows, these bytes: {kept}"
+                )
+
+    def test_takes_over_a_table(self) -> None:
+        """Where the bag is `FromTable`: rows that it could stand for, three times those that it starts with."""
+        table = self._either(replace(self.table, num_rows=min(600, self.table.num_rows)), self.table)
+        for lookups in (None, (2 * table.num_rows // 3 - torch.arange(table.num_rows)).clamp(min=0)):
+            bag = self.make(table)
+            if not isinstance(bag, FromTable):
+                return
+            rows = 3 * self.dense_twin(bag, table.num_rows)
+            try:
+                bag.set_table(TrainedRows.of(rows, lookups))
+            except UserError:  # not with these options, or not what stands behind
+                return
+            found = self.dense_twin(bag, table.num_rows)
+            assert found.shape == rows.shape
+            assert found.isfinite().all(), "rows that were taken over are not finite"
+            weight_R1 = torch.ones(1) if lookups is None else lookups.sqrt().unsqueeze(1)
+            error = ((found - rows) * weight_R1).norm() / (rows * weight_R1).norm()
+            assert error < 0.5, f"a table that the bag can stand for is taken over with an error of {error:.0%}"
 
     def test_bad_options_name_the_good_ones(self) -> None:
         for layer in registry.parse(self.plugin):

@@ -5,10 +5,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import launch_script
+from conftest import install, launch_script
 
-from dlrm_xla import plan, registry, sizing
-from dlrm_xla.contract import Size, Table, sized
+from dlrm_xla import plan, registry
+from dlrm_xla.contract import Table, sized
 from dlrm_xla.errors import UserError
 from dlrm_xla.rows import RowTable
 from dlrm_xla.sizing import Budget
@@ -21,34 +21,6 @@ WHOLE = sum(t.num_rows for t in TABLES) * 64
 def _planned(spec, ratio, single=None, tables=TABLES, whole=WHOLE):
     budget = Budget(whole / ratio, lambda bag, table: plan.bytes_kept(bag), f"--ratio {ratio}", whole)
     return plan.plan(tables, spec, single or {}, 10**9, budget=budget)[0]
-
-
-def _only(monkeypatch, plugin):
-    """Has that plugin installed and none else."""
-    monkeypatch.setattr(registry, "installed", lambda: {plugin.__name__: None})
-    monkeypatch.setattr(registry, "load", lambda name: plugin)
-    monkeypatch.setattr(sizing, "load", lambda name: plugin)
-
-
-def _sized_plugins():
-    return [name for name in sorted(registry.installed()) if hasattr(registry.load(name), "size")]
-
-
-def _companion(name):
-    return name + "+hash_rows:rows=2" if name == "hot_cold" else name
-
-
-@pytest.mark.parametrize("name", _sized_plugins())
-def test_a_later_size_never_keeps_less(name):
-    size: Size = registry.load(name).size
-    for table in (Table("small", 50, 16), Table("large", 30_000, 16)):
-        values = size.values(table)
-        picked = [values[int(k * (len(values) - 1) / 12)] for k in range(13)]
-        kept = []
-        for value in picked:
-            layers = registry.parse(f"{name}:{size.option}={value}" + _companion(name).removeprefix(name))
-            kept.append(plan.bytes_kept(plan.on_meta(registry.compose(layers, RowTable), table)))
-        assert kept == sorted(kept), dict(zip(picked, kept, strict=True))
 
 
 @pytest.mark.parametrize("ratio", [10, 100, 1000])
@@ -80,7 +52,7 @@ def test_sizes_refused_at_either_end_leave_those_between(monkeypatch):
             raise ValueError(f"picky: rank is {rank}, but must be from 317 to 611")
         return inner(replace(table, num_rows=rank))
 
-    _only(monkeypatch, picky)
+    install(monkeypatch, picky)
     table = Table("t", 5000, 16)
     for rows, kept in ((316, 317), (317.5, 317), (400, 400), (700, 611), (6000, 5000)):
         budget = Budget(rows * 64, lambda bag, _: plan.bytes_kept(bag), "--memory")
@@ -122,7 +94,7 @@ def test_sizes_in_the_wrong_order_are_refused_with_plugin_and_option(monkeypatch
     def reverse(table, inner, *, rows: int = 100):
         return inner(replace(table, num_rows=rows))
 
-    _only(monkeypatch, reverse)
+    install(monkeypatch, reverse)
     with pytest.raises(UserError, match=r"plugin 'reverse' lists the values of 'rows' in the wrong order: .* 5000, of"):
         _planned("reverse", 20, tables=[Table("small", 50, 16), Table("t", 5000, 16)])
 

@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import HAS_XLA, install
 
-from dlrm_xla.contract import RedirectedBag, Table
+from dlrm_xla.contract import ComposedBag, RedirectedBag, Table, Wanted, sized
+from dlrm_xla.errors import UserError
+from dlrm_xla.rows import RowTable
 from dlrm_xla.testing import BagContract
 
 
@@ -13,6 +16,67 @@ def _contract(spec, table=BagContract.table):
     contract = BagContract()
     contract.plugin, contract.table = spec, table
     return contract
+
+
+class _Around(ComposedBag):
+    """The bag that it is around, with no more to it."""
+
+    def __init__(self, bag):
+        super().__init__()
+        self.bag = bag
+
+    def compute(self, ids_BL, weights_BL):
+        (out_BD,) = yield [Wanted(self.bag, ids_BL, weights_BL)]
+        return out_BD
+
+
+@pytest.mark.parametrize(
+    ("counted", "served", "error"),
+    [
+        (1, torch.nn.Identity(), "1 bytes are counted, 0 served"),
+        (4999 * 64, RowTable(BagContract.table), "Tensor-likes are not close"),
+        (9, None, r"cannot be stored: it has no served\(\)"),
+    ],
+)
+@pytest.mark.parametrize("spec", ["stored", "hash_rows:rows=4999+stored"])
+def test_a_bag_that_does_not_store_what_it_counts_fails(monkeypatch, spec, counted, served, error):
+    def stored(table, inner):
+        bag = _Around(inner(table))
+        bag.bytes_to_serve = lambda: counted
+        if served is not None:
+            bag.served = lambda: served
+        return bag
+
+    def hash_rows(table, inner, *, rows: int):
+        return _Around(inner(replace(table, num_rows=rows)))
+
+    install(monkeypatch, stored, hash_rows)
+    with pytest.raises((AssertionError, UserError), match=error):
+        _contract(spec).test_is_stored_in_the_bytes_that_are_counted()
+
+
+def test_sizes_in_the_wrong_order_fail(monkeypatch):
+    @sized("rows", lambda table: range(table.num_rows, 1, -1))
+    def reverse(table, inner, *, rows: int = 100):
+        return inner(replace(table, num_rows=rows))
+
+    install(monkeypatch, reverse)
+    with pytest.raises(AssertionError, match="reverse keeps by rows, for 4,999 rows, these bytes"):
+        _contract("reverse:rows=7").test_a_later_size_keeps_no_less()
+
+
+@pytest.mark.parametrize(
+    ("factor", "error"), [(0, "with an error of 100%"), (1 / 3, "with an error of 67%"), (torch.nan, "not finite")]
+)
+def test_a_bag_that_takes_over_another_table_fails(monkeypatch, factor, error):
+    def around(table, inner):
+        bag = _Around(inner(table))
+        bag.set_table = lambda rows: bag.bag.set_table(rows.map(lambda block: block * factor, rows.dim))
+        return bag
+
+    install(monkeypatch, around)
+    with pytest.raises(AssertionError, match=error):
+        _contract("around").test_takes_over_a_table()
 
 
 @pytest.mark.parametrize("dim", [12, 3])
