@@ -306,7 +306,9 @@ def _numbers(column: Any, name: str) -> NDArray[Any]:
         column = column.cast(pa.float64())
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise Misfit(f"dense column {name} is {column.type}, expected numbers")
-    values: NDArray[Any] = column.fill_null(0).to_numpy(zero_copy_only=False)
+    if column.null_count:
+        column = column.fill_null(0)
+    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
     return np.where(np.isnan(values), 0, values) if pa.types.is_floating(column.type) else values
 
 

@@ -4,7 +4,8 @@
 
 Each log repeats the sample; in every repetition a tenth of the categories' values get other last digits, so that tables
 grow with the log. Prints and writes rows a second and the peak memory of each preparation, a process of its own, and
-rows a second of the loader: shuffled training batches from the page cache, the median of passes over a part of them.
+rows a second of the loader: shuffled training batches from the page cache, the median of passes over a part of them;
+and ms in which the encoder of a service takes so many rows.
 """
 
 from __future__ import annotations
@@ -55,6 +56,25 @@ print(json.dumps(found))
 """
 
 
+ENCODER = """
+import itertools, json, statistics, sys, time
+from dlrm_xla_data.encoder import Encoder
+names = ["label", *(f"I{k}" for k in range(1, 14)), *(f"C{k}" for k in range(1, 27))]
+with open(sys.argv[1]) as file:
+    rows = [dict(zip(names, line.rstrip("\\n").split("\\t"))) for line in itertools.islice(file, 16384)]
+encode = Encoder(sys.argv[2])
+found = {}
+for count in (1, 16, 256, 4096):
+    times = []
+    for first in range(0, 16384 if count > 1 else 200, count):
+        began = time.perf_counter()
+        encode(rows[first : first + count])
+        times.append(1000 * (time.perf_counter() - began))
+    found[count] = {"median": statistics.median(times), "lowest": min(times), "highest": max(times)}
+print(json.dumps(found))
+"""
+
+
 def write_log(sample: Path, path: Path, rows: int, seed: int = 0) -> None:
     """Repeats the sample to so many rows, each time with other last digits in a tenth of the categories' fields."""
     opener = gzip.open if sample.suffix == ".gz" else open
@@ -97,6 +117,9 @@ def main() -> int:
         seconds, peak = (float(x) for x in done.stdout.split("SECONDS")[1].replace("PEAK", "").split())
         meta = json.loads((folder / "meta.json").read_text())
         loader = subprocess.run([sys.executable, "-c", LOADER, folder], capture_output=True, text=True, check=True)
+        encoder = subprocess.run(
+            [sys.executable, "-c", ENCODER, log, folder], capture_output=True, text=True, check=True
+        )
         results.append(
             {
                 "rows": rows,
@@ -106,6 +129,7 @@ def main() -> int:
                 "rows_per_second": rows / seconds,
                 "peak_memory_gb": peak / 1e9,
                 "loader_rows_per_second": json.loads(loader.stdout),
+                "encoder_ms": json.loads(encoder.stdout),
             }
         )
         print(json.dumps(results[-1]), flush=True)
