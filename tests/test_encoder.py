@@ -87,7 +87,7 @@ def test_csv_rows_are_as_later_rows_of_the_log(tmp_path):
         | {
             "price": float(row["price"]) if row["price"] else float("nan"),
             "tags": row["tags"].split("|"),
-            "city": row["city"].encode() or None,
+            "city": row["city"].encode(),
             "item": int(row["item"]) if row["item"] else None,
             "user": object(),
         }

@@ -175,7 +175,11 @@ def test_ids_that_cannot_be_given_are_refused(small_log, tmp_path, capsys):
         (small_log, (*criteo, "--ids-of", tmp_path / "again"), "its ids are those of known. Name that folder"),
         (small_log, (*criteo, "--ids-of", known, "--min-count", 3), "brings its own --min-count"),
         (small_log, (*criteo, "--ids-of", known, "--protocol", "random_811"), "leave these and --protocol out"),
-        (tmp_path / "x.csv", ("--format", tmp_path / "l.yaml", "--ids-of", known), "alike: dense there {'I1'"),
+        (
+            tmp_path / "x.csv",
+            ("--format", tmp_path / "l.yaml", "--ids-of", known),
+            "alike: dense there ('I1', 'log1p'), here ('price', 'none')",
+        ),
     ):
         assert prepare(log, tmp_path / "p", *flags) == 2
         assert words in capsys.readouterr().err

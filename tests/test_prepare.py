@@ -325,6 +325,12 @@ def test_dense_columns_of_parquet(tmp_path, kind):
     assert data.dense[:, 0].tolist() == [v or 0 for v in values]
 
 
+def test_the_text_nan_is_no_number_of_a_csv(tmp_path, capsys):
+    log, *flags = write_log(tmp_path, "csv", clicks(40, c=[1] * 40) | {"price": [*range(39), "nan"]}, "c")
+    assert main(["prepare", str(log), str(tmp_path / "p"), *map(str, flags)]) == 2
+    assert "log.csv, line 41: column price is 'nan', expected a number or nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["log.parquet", "layout.yaml"])
 def test_what_is_prepared_first_says_so(tmp_path, name):
     (tmp_path / "layout.yaml").write_text("label: y\n")

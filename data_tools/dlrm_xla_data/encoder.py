@@ -135,7 +135,9 @@ def _text(value: Any) -> bytes | None:
         return value.encode() or None
     if isinstance(value, bool | float | np.floating):
         raise _NoValue("the text that stood in the log")
-    return value if value is None or isinstance(value, bytes) else str(value).encode()
+    if value is None or isinstance(value, bytes):
+        return value or None
+    return str(value).encode()
 
 
 def _number(value: Any, read: Callable[[bytes], float]) -> Any:

@@ -267,6 +267,8 @@ def parse_table(table: Any, layout: Layout) -> Parsed:
     dense = np.empty((len(table), len(layout.dense)), np.float32)
     for k, (name, transform) in enumerate(layout.dense.items()):
         values = _numbers(_one(table, name), name)
+        if layout.parquet and values.dtype.kind == "f":
+            values = np.where(np.isnan(values), 0, values)  # missing; in the text of a CSV it is no number
         with np.errstate(over="ignore"):  # what float32 does not hold is refused below
             if transform == "log1p":
                 # In float64, for numpy's float32 logarithm ends in another bit on another processor, and then the same
@@ -297,7 +299,7 @@ def _one(table: Any, name: str) -> Any:
 
 
 def _numbers(column: Any, name: str) -> NDArray[Any]:
-    """A dense column as numbers, 0 where it is missing: null, or NaN."""
+    """A dense column as numbers, 0 where it is null."""
     import pyarrow as pa
 
     if pa.types.is_boolean(column.type):
@@ -309,7 +311,7 @@ def _numbers(column: Any, name: str) -> NDArray[Any]:
     if column.null_count:
         column = column.fill_null(0)
     values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return np.where(np.isnan(values), 0, values) if pa.types.is_floating(column.type) else values
+    return values
 
 
 def _labels(table: Any, layout: Layout) -> NDArray[np.int8]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -443,12 +444,22 @@ def _check_known(known: KnownIds, layout: Layout) -> None:
     if known.meaning == layout.meaning:
         return
     now = layout.features()
-    differ = [f"{name} there {then}, here {now[name]}" for name, then in known.features.items() if then != now[name]]
+    differ = [f"{name} {_differing(then, now[name])}" for name, then in known.features.items() if then != now[name]]
     raise UserError(
         f"--ids-of {known.folder} was prepared with other numbers or categories, of another format, or from "
         "Parquet with other columns of lists: the same values would not be known again. Describe them alike"
         f"{': ' + '; '.join(differ[:2]) if differ else ''}."
     )
+
+
+def _differing(then: Any, now: Any) -> str:
+    """What two descriptions of features differ in, the first of several."""
+    if isinstance(then, dict):
+        then, now = list(then.items()), list(now.items())
+    if isinstance(then, list):
+        pairs = itertools.zip_longest(then, now, fillvalue="nothing")
+        then, now = next((a, b) for a, b in pairs if a != b)
+    return f"there {then}, here {now}"
 
 
 def _value_files(columns: RawColumns, k: int) -> tuple[Path, Path]:
