@@ -50,7 +50,7 @@ class RunFolder:
         samples: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.path = resumed or (Path(config.out) if config.out else _fresh(config))
+        self.path = resumed or (Path(config.out) if config.out else fresh_folder(config))
         if resumed is None:
             check_out(str(self.path))
             ranks.remember(self.path)  # before the first file, for a folder that holds some is another's
@@ -188,7 +188,8 @@ def check_out(out: str) -> None:
         raise UserError(f"--out {path} is a file. Choose a new folder.")
 
 
-def _fresh(config: Config) -> Path:
+def fresh_folder(config: Config) -> Path:
+    """A folder under runs/ that is not there yet, named after the time and the settings."""
     plugin = "".join(c if c.isalnum() or c in "+_=." else "-" for c in config.plugin)[:60]
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}-{plugin}-{config.device}-seed{config.seed}"
     path, count = Path("runs") / stem, 1

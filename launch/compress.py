@@ -31,11 +31,12 @@ import torch
 from dlrm_xla_data.fingerprint import describe_data
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset
+from first_checkpoint import Scores, check_ids, check_source, scores, write_run
 from numpy.typing import NDArray
 from run import INTERRUPTED, run
-from run_data import check_trains, open_data
+from run_data import open_data
 from run_flags import add_settings
-from run_plan import Plan, make_plan, make_tables
+from run_plan import Plan, make_plan
 from run_report import make_report
 from torch import Tensor
 
@@ -47,12 +48,12 @@ from dlrm_xla.contract import innermost
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.guards import announce, warn
-from dlrm_xla.metrics import base_rate_metrics, click_metrics
+from dlrm_xla.metrics import base_rate_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import DTYPES
-from dlrm_xla.run_folder import RunFolder, check_out, versions
+from dlrm_xla.run_folder import RunFolder, check_out
 from dlrm_xla.tensor_file import Section, TensorFile, opened, write
-from dlrm_xla.train import GraphWatch, Outcome, Steps, predict
+from dlrm_xla.train import GraphWatch, Outcome, Steps
 from dlrm_xla.trained_rows import TrainedRows
 
 _SCHEDULE = ("warmup_steps", "decay_start", "decay_steps")  # counts the run's steps; fine-tuning starts at 0
@@ -72,7 +73,6 @@ _OFTENER = ("evals_per_epoch", "patience")
 _COUNTED_ROWS = 2**18  # of the log at a time
 # Settings of the checkpoint that are of its run or of its tables.
 _DROPPED = ("out", "row_files", "plugin", "ratio", "memory", "tables")
-Scores = dict[str, dict[str, float]]
 
 
 def _unless_given(name: str) -> str:
@@ -138,7 +138,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     device = open_device(config.device)
     announce(device, config.precision)
     dataset, best_auc = open_data(config)
-    _check_data(about, config, dataset)
+    check_ids(about, config, dataset)
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
     print(plan.ratio())
@@ -160,7 +160,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
         # Nothing is trained: rows have no state, and go through kernels that take arrays in files too.
         plain = dataclasses.replace(config, row_optimizer="sgd", row_kernels="own")
         scored = Steps(serving.build_mapped(about["model"], file, device), dataset.bag_lengths, device, plain)
-        before = _scores(scored, loader, GraphWatch(device, warn))
+        before = scores(scored, loader, GraphWatch(device, warn))
         del scored
         described = serving.describe(config, plan.bags, *dataset.shape)
         model = serving.build(described, DTYPES[config.row_precision])
@@ -168,13 +168,15 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
         tables = _compress_tables(file, model, plan, dataset, config, weigh, scratch)
         _copy_dense(file, model)
     steps = Steps(model, dataset.bag_lengths, device, config, plan.files)
-    after = _scores(steps, loader, watch)
+    after = scores(steps, loader, watch)
     base = base_rate_metrics(loader.labels("test").numpy(), dataset.click_rate("train"))
     outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
     report = make_report(config, plan, steps, watch, outcome, after["test"], base, best_auc)
     report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after, "compression": tables}
     about = {"config": dataclasses.asdict(config), "model": described, "data": describe_data(dataset)}
-    _write_run(RunFolder(config, origins, resumed=out), steps, outcome, about, report)
+    write_run(
+        RunFolder(config, origins, resumed=out), steps, outcome, about, report, after["validation"], "compression.json"
+    )
     shutil.rmtree(scratch)
     _print(before, after, report, out)
     if not fine_tune:
@@ -187,23 +189,6 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
         f"-> {tuned['auc']:.4f} fine-tuned"
     )
     return code
-
-
-def _write_run(
-    folder: RunFolder, steps: Steps, outcome: Outcome, about: Mapping[str, Any], report: Mapping[str, Any]
-) -> None:
-    """A run that has done no step yet: its first checkpoint is what was compressed, and the best so far."""
-    try:
-        validation = {f"validation_{name}": value for name, value in report["after"]["validation"].items()}
-        folder.log({"step": 0, "samples": 0, **validation})
-        started = {"outcome": dataclasses.asdict(outcome), "metrics_bytes": folder.metrics_bytes}
-        whole = {"step": 0, "epoch": 0.0, **started, **about, "versions": versions()}
-        folder.checkpoints.add(0, partial(steps.save, about=whole), best=True)
-        folder.report(report)
-        # Training on writes another report.
-        shutil.copyfile(folder.path / "report.json", folder.path / "compression.json")
-    finally:
-        folder.close()
 
 
 def _default_out(path: Path, given: Mapping[str, Any]) -> Path:
@@ -223,8 +208,7 @@ def _converted(path: Path, scratch: Path) -> Path:
 
 
 def _check_source(path: Path, about: Mapping[str, Any]) -> None:
-    if "model" not in about:
-        raise UserError(f"{path} does not say which model it is of; a checkpoint of launch/run.py does")
+    check_source(path, about)
     replaced = {t["plugin"] for t in about["model"]["tables"]} - {registry.EXACT}
     if replaced:
         raise UserError(
@@ -246,26 +230,6 @@ def _settings(about: Mapping[str, Any], given: Mapping[str, Any], fine_tune: int
     return config, {k: v if k in given else of_tuning.get(k, "the checkpoint") for k, v in origins.items()}
 
 
-def _check_data(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:
-    known = about.get("data")
-    check_trains(dataset)
-    serving.check_tables(about["model"], [t.num_rows for t in make_tables(config, dataset)])
-    if known is None:
-        warn("the checkpoint does not know its training rows: whether these ids mean the same cannot be checked")
-    elif describe_data(dataset)["vocabulary"] != known["vocabulary"]:
-        raise UserError(
-            "the data has other ids than the checkpoint was trained on, so its rows would mean something else. Give "
-            "--data rows that were prepared with the ids of the training rows."
-        )
-
-
-def _scores(steps: Steps, loader: Loader, watch: GraphWatch) -> Scores:
-    return {
-        split: click_metrics(loader.labels(split).numpy(), predict(steps, loader, split, watch))
-        for split in ("validation", "test")
-    }
-
-
 def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
     """How often training looks up each row of a table, float32 [num_rows]; row 0 has all ids that have none."""
     if dataset.bags is None and dataset.bag_lengths[feature] > 1:  # the counts are of the first id of each bag
@@ -273,7 +237,8 @@ def lookups(dataset: PreparedDataset, feature: int, num_rows: int) -> Tensor:
     else:
         counts = dataset.counts[feature][: num_rows - 1]
         found = np.empty(num_rows, np.float32)
-        found[0], found[1:] = dataset.lookups(feature, "train") - counts.sum(), counts
+        # Counts may be those of older rows, whose ids these have.
+        found[0], found[1:] = max(0, dataset.lookups(feature, "train") - counts.sum()), counts
     return torch.from_numpy(found)
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import several_ranks
+import start_from
 import torch
 import use_checkpoint
 from dlrm_xla_data.loader import Loader
@@ -308,17 +309,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(flags(__doc__).parse_args(arguments))
     ranks = ALONE
     file, plan_only, listing = given.pop("config"), given.pop("plan"), given.pop("list_plugins")
-    resumed, evaluated, exported, split = (given.pop(k) for k in ("resume", "evaluate", "export", "split"))
+    resumed, begun, evaluated, exported, split = (
+        given.pop(k) for k in ("resume", "start_from", "evaluate", "export", "split")
+    )
     try:
         if listing:
             list_plugins()
             return 0
         if split is not None and not evaluated:
             raise UserError("--split names the rows that --evaluate scores: give --evaluate, or leave it out")
-        if plan_only and (evaluated or exported):
-            raise UserError("--plan is of a run that trains; leave it out with --evaluate and --export")
-        if (evaluated or exported) and among_several():
-            raise UserError("--evaluate and --export are work for one process: start it without torchrun")
+        if plan_only and (begun or evaluated or exported):
+            raise UserError("--plan is of a new model; leave it out with --start-from, --evaluate and --export")
+        if (begun or evaluated or exported) and among_several():
+            raise UserError("--start-from, --evaluate and --export are for one process: start it without torchrun")
+        if begun:
+            if file:
+                raise UserError("--start-from takes its settings from the checkpoint and flags: no --config")
+            return start_from.start_from(begun, given, run)
         if evaluated:
             return use_checkpoint.evaluate(evaluated, given, split or "test")
         if exported:

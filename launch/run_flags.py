@@ -80,6 +80,13 @@ def flags(description: str | None) -> argparse.ArgumentParser:
         "--resume", type=Path, default=None, metavar="RUN", help="run folder to go on with; its config.yaml holds"
     )
     commands.add_argument(
+        "--start-from",
+        type=Path,
+        default=None,
+        metavar="CHECKPOINT",
+        help="a new run that begins with this model, its settings and its optimizers' states, on the rows of --data",
+    )
+    commands.add_argument(
         "--evaluate", type=Path, default=None, metavar="CHECKPOINT", help="score rows, write --out as Parquet, and stop"
     )
     parser.add_argument("--split", default=None, choices=SPLITS, help="the rows that --evaluate scores (default test)")

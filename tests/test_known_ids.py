@@ -174,7 +174,7 @@ def test_ids_that_cannot_be_given_are_refused(small_log, tmp_path, capsys):
         (small_log, (*criteo, "--ids-of", tmp_path / "none"), "there is no folder"),
         (small_log, (*criteo, "--ids-of", tmp_path / "again"), "its ids are those of known. Name that folder"),
         (small_log, (*criteo, "--ids-of", known, "--min-count", 3), "brings its own --min-count"),
-        (small_log, (*criteo, "--ids-of", known, "--protocol", "random_811"), "leave these and --protocol out"),
+        (small_log, (*criteo, "--ids-of", known, "--protocol", "random_8"), "did you mean 'random_811'"),
         (
             tmp_path / "x.csv",
             ("--format", tmp_path / "l.yaml", "--ids-of", known),

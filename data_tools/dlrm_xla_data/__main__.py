@@ -17,7 +17,7 @@ from dlrm_xla_data.generator import Recipe, generate
 from dlrm_xla_data.known_ids import read_known
 from dlrm_xla_data.prepare import FORMATS, Options, find_layout, find_sources, options_of, prepare
 from dlrm_xla_data.prepared import open_prepared
-from dlrm_xla_data.protocols import PROTOCOLS
+from dlrm_xla_data.protocols import ALL_TEST, PROTOCOLS
 from dlrm_xla_data.statistics import table_text, write_statistics, zero_shares
 from dlrm_xla_data.verify import verify
 from dlrm_xla_data.vocabulary import Limits
@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=None,
         metavar="FOLDER",
-        help="a prepared dataset whose ids the rows get, to be scored by what was trained on it",
+        help="a prepared dataset whose ids the rows get: all to be scored by what was trained on it, or with "
+        "--protocol to train that further",
     )
     made.add_argument(
         "--unlabelled", action="store_true", help="with --ids-of: rows have no label yet, and no column of it is read"
@@ -151,7 +152,10 @@ def _prepare(given: argparse.Namespace) -> int:
             "--unlabelled: rows without labels can only be scored. Give --ids-of what a model was trained on."
         )
     files = find_sources(given.source, given.format)
-    layout, protocol = find_layout(given.format, files, given.ids_of is not None, given.unlabelled)
+    if given.unlabelled and given.protocol:
+        raise UserError("--unlabelled: rows without labels are all test rows, to be scored. Leave --protocol out.")
+    scored = given.ids_of is not None and not given.protocol
+    layout, protocol = find_layout(given.format, files, scored, given.unlabelled)
     if given.multi_hot and (layout.variable_bags or len(given.multi_hot) != len(layout.categories)):
         raise UserError(
             f"--multi-hot needs one number for each of the {len(layout.categories)} categories, all with one value a "
@@ -168,12 +172,12 @@ def _prepare(given: argparse.Namespace) -> int:
     )
     known = read_known(given.ids_of) if given.ids_of else None
     if known:
-        if replace(options, max_bad_rows=0) != Options(protocol):
+        if replace(options, max_bad_rows=0) != Options(options.protocol):
             raise UserError(
-                f"--ids-of {given.ids_of} brings its own --min-count, --max-rows, --tail, --multi-hot and --seed, and "
-                "all rows are test rows: leave these and --protocol out"
+                f"--ids-of {given.ids_of} brings its own --min-count, --max-rows, --tail, --multi-hot and --seed: "
+                "leave these out"
             )
-        options = options_of(known, given.max_bad_rows)
+        options = options_of(known, ALL_TEST if scored else options.protocol, given.max_bad_rows)
     dataset = prepare(files, given.dest, layout, options, known)
     for name, (start, stop) in dataset.splits.items():
         if stop > start:
@@ -185,7 +189,8 @@ def _prepare(given: argparse.Namespace) -> int:
         shares = zip(dataset.names, zero_shares(dataset, "test"), strict=True)
         told = ", ".join(f"{name} {share:.1%}" for name, share in shares)
         print(f"without id  {told}: missing, or not in {given.ids_of}")
-        print(f"next        python launch/run.py --evaluate RUN/checkpoints/best.safetensors --data {dest}")
+        flag = "--evaluate" if scored else "--start-from"
+        print(f"next        python launch/run.py {flag} RUN/checkpoints/best.safetensors --data {dest}")
         return 0
     print(f"next        python launch/run.py --data {dest}")
     return 0

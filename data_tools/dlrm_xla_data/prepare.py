@@ -37,7 +37,7 @@ from dlrm_xla_data.layout import Layout
 from dlrm_xla_data.lines import Block, Digests, Place
 from dlrm_xla_data.parsing import MISSING, PARTS, Parsed, feature_schema, list_columns, parse, parse_parquet
 from dlrm_xla_data.prepared import PreparedDataset, open_prepared, read_meta, save_meta, written_whole
-from dlrm_xla_data.protocols import BY_TIME, PROTOCOLS, TRAIN, Split, all_test, make_split
+from dlrm_xla_data.protocols import ALL_TEST, BY_TIME, PROTOCOLS, TRAIN, Split, make_split
 from dlrm_xla_data.raw_columns import RawColumns
 from dlrm_xla_data.vocabulary import Codes, Limits, build_vocabulary
 
@@ -60,9 +60,9 @@ class Options:
     seed: int = 0
     bag_lengths: tuple[int, ...] = ()
 
-    def check(self) -> None:
-        """Raises UserError where a value cannot be meant."""
-        if self.protocol not in PROTOCOLS:
+    def check(self, later: bool = False) -> None:
+        """Raises UserError where a value cannot be meant; ``later`` rows get the ids of others."""
+        if self.protocol not in PROTOCOLS and not (later and self.protocol == ALL_TEST):
             raise UserError(f"--protocol {self.protocol}: {choices(self.protocol, PROTOCOLS)}")
         if self.limits.tail not in ("cut", "hash"):
             raise UserError(f"--tail {self.limits.tail}: {choices(self.limits.tail, ('cut', 'hash'))}")
@@ -75,11 +75,10 @@ class Options:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below {most_seeds}")
 
 
-def options_of(known: KnownIds, max_bad_rows: int) -> Options:
-    """The options that a dataset was prepared with, but for the bad rows of this one."""
+def options_of(known: KnownIds, protocol: str, max_bad_rows: int) -> Options:
+    """The options that a dataset was prepared with, but for the protocol and the bad rows of this one."""
     limits = Limits(**known.options["limits"])
-    bags = tuple(known.options["bag_lengths"])
-    return Options(known.options["protocol"], limits, max_bad_rows, known.options["seed"], bags)
+    return Options(protocol, limits, max_bad_rows, known.options["seed"], tuple(known.options["bag_lengths"]))
 
 
 FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
@@ -88,7 +87,7 @@ FORMATS = ("criteo", "criteo-terabyte", "avazu", "movielens")
 def find_layout(name: str, files: Sequence[Path], later: bool = False, unlabelled: bool = False) -> tuple[Layout, str]:
     """The layout called so, or that of a YAML file, and the protocol that belongs to it.
 
-    ``later``: of rows that get the ids of others, and are not split; ``unlabelled``, which have no label yet.
+    ``later``: of rows that are not split, for they are only scored; ``unlabelled``, which have no label yet.
     """
     if name.endswith(layouts.YAML):
         layout = layouts.from_yaml(Path(name))
@@ -218,14 +217,14 @@ def prepare(
 ) -> PreparedDataset:
     """Prepares raw logs into ``folder``, which appears only when it is whole.
 
-    With ``known`` rows get the ids of another dataset, whose ``options`` are to be given too, and all are test rows.
+    With ``known`` rows get the ids of another dataset, whose ``options`` are to be given too, see `options_of`.
     Of several processes that prepare the same folder one does and the others wait for it. One that was interrupted is
     gone on with when the same is asked again.
     """
-    options.check()
+    options.check(later=known is not None)
     if known:
         _check_known(known, layout)
-    elif options.protocol == "column" and not layout.split:
+    if options.protocol == "column" and not layout.split:
         raise UserError("--protocol column needs a layout with `split: COLUMN`")
     sources = [fingerprint(file) for file in files]
     described = {name: value for name, value in vars(layout).items() if not callable(value)}
@@ -238,15 +237,12 @@ def prepare(
             return open_prepared(folder)  # another process made it meanwhile
         began = time.perf_counter()
         print(f"preparing {', '.join(map(str, files[:3]))}{' ...' * (len(files) > 3)} -> {folder}", file=sys.stderr)
-        if layout.own and not layout.time and not known and options.protocol in BY_TIME:
+        if layout.own and not layout.time and options.protocol in BY_TIME:
             print(f"no `time` in {layout.name}: rows are taken in the order of the files", file=sys.stderr)
         with written_whole(folder, resumable=True) as scratch:
             columns = RawColumns(scratch / "columns", layout, key)
             read = _read(files, columns, layout, options)
-            if known:
-                split = all_test(columns)
-            else:
-                split = make_split(options.protocol, columns, read["rows_of_files"], options.seed)
+            split = make_split(options.protocol, columns, read["rows_of_files"], options.seed)
             per_table = _write_all_ids(columns, layout, split, options, known)
             most = known.bag_lengths if known else ()
             about = assemble(columns, scratch, layout, split, options.bag_lengths, options.seed, most)
