@@ -209,7 +209,7 @@ def test_a_layer_that_takes_no_rows_is_named_before_any_are_read(trained, tmp_pa
         raise AssertionError("rows are read")
 
     monkeypatch.setattr(compress, "check_rows", read)
-    monkeypatch.setattr(compress, "predict", read)
+    monkeypatch.setattr(compress, "scores", read)
     arguments = ["--plugin", f"{around}robe:blocks=20,width=1", "--out", str(tmp_path / "out")]
     assert compress.main([str(trained), *arguments]) == 2
     assert "error: robe:blocks=20,width=1 cannot be made from a trained table: " in capsys.readouterr().err
