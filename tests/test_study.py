@@ -510,7 +510,15 @@ def test_two_studies_do_not_share_a_folder(ran, study_file, capsys):
 def test_a_study_that_plans_is_stopped_in_one_line(number, tmp_path):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY))
     command = [sys.executable, str(ROOT / "launch" / "study.py"), str(tmp_path / "small.yaml"), "--dry-run"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # Tests that run in the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     worker = Path(f"/proc/{child.pid}/task/{child.pid}/children")
     while not (workers := worker.read_text().split()):
         assert child.poll() is None
