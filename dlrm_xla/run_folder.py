@@ -34,6 +34,10 @@ PACKAGES = (
 )
 
 
+# In a folder whose tables are being compressed; gone once it has the checkpoint that a run goes on from.
+COMPRESSING = "compression.unfinished"
+
+
 class RunFolder:
     """Everything a run writes. The folder must be new or empty, so that no run overwrites another.
 

@@ -51,7 +51,7 @@ from dlrm_xla.guards import announce, warn
 from dlrm_xla.metrics import base_rate_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import DTYPES
-from dlrm_xla.run_folder import RunFolder, check_out
+from dlrm_xla.run_folder import COMPRESSING, RunFolder, check_out
 from dlrm_xla.tensor_file import Section, TensorFile, opened, write
 from dlrm_xla.train import GraphWatch, Outcome, Steps
 from dlrm_xla.trained_rows import TrainedRows
@@ -62,8 +62,6 @@ SETTINGS = {
     *("batch_size", "row_lr", "dense_lr", "plugin_lr", "row_optimizer", "patience", "evals_per_epoch", "precision"),
     *_SCHEDULE,
 }
-# What it works on; gone once the run folder is whole.
-SCRATCH = "compression.unfinished"
 # Trained weights want smaller steps than random ones: of a run's own rates, where none are given.
 FINE_TUNE_RATE = 0.1
 # Times as many validations, and as many more to wait. What fine-tuning gives back comes in the first steps: a random
@@ -114,7 +112,7 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
     if fine_tune < 0:
         raise UserError(f"--fine-tune is {fine_tune}, but must be 0 or more epochs")
     out = Path(given.setdefault("out", str(_default_out(path, given))))
-    scratch = out / SCRATCH
+    scratch = out / COMPRESSING
     if scratch.is_dir():
         return _compress(path, given, fine_tune, weigh, out)
     check_out(str(out))
@@ -129,7 +127,7 @@ def compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str) -> i
 
 
 def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out: Path) -> int:
-    scratch = out / SCRATCH
+    scratch = out / COMPRESSING
     if path.suffix != ".safetensors" and not path.is_dir():
         path = _converted(path, scratch)
     about = checkpoint.read_about(path)
@@ -342,8 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         on = "the same command goes on after the last table that it finished"
-        out = Path(given.get("out", SCRATCH))
-        if (out / "config.yaml").exists() and not (out / SCRATCH).exists():  # it was training on
+        out = Path(given.get("out", COMPRESSING))
+        if (out / "config.yaml").exists() and not (out / COMPRESSING).exists():  # it was training on
             on = f"launch/run.py --resume {shlex.quote(str(out))} goes on from its last checkpoint"
         print(f"stopped; {on}", file=sys.stderr)
         return INTERRUPTED

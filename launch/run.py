@@ -45,7 +45,7 @@ from dlrm_xla.guards import warn
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import ALONE, Ranks, among_several
-from dlrm_xla.run_folder import NoRunFolder, RunFolder, check_out, versions
+from dlrm_xla.run_folder import COMPRESSING, NoRunFolder, RunFolder, check_out, versions
 from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, check_batch, predict, train
 
 INTERRUPTED = 130
@@ -319,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if split is not None and not evaluated:
             raise UserError("--split names the rows that --evaluate scores: give --evaluate, or leave it out")
         if plan_only and (begun or evaluated or exported):
-            raise UserError("--plan is of a new model; leave it out with --start-from, --evaluate and --export")
+            raise UserError(
+                "--plan is of a run that trains anew; leave it out with --start-from, --evaluate and --export"
+            )
         if (begun or evaluated or exported) and among_several():
             raise UserError("--start-from, --evaluate and --export are for one process: start it without torchrun")
         if begun:
@@ -338,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(
                     f"--resume {resumed} is no run folder: it has no config.yaml. Give the folder of a run."
                 )
+            if (resumed / COMPRESSING).is_dir():
+                raise UserError(f"--resume {resumed}: launch/compress.py was stopped there; the same command goes on")
         config, origins = resolve(given, file)
         registry.parse(config.plugin)
         ranks = several_ranks.open_job(config)

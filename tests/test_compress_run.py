@@ -156,6 +156,9 @@ def test_stopped_it_goes_on_after_the_last_finished_table(trained, tmp_path, mon
     monkeypatch.setattr(compress, "set_table", until_the_third)
     assert compress.main([str(trained), *arguments, "--out", str(out)]) == 130
     assert "goes on after the last table" in capsys.readouterr().err
+    (out / "config.yaml").touch()  # as when it was killed while it wrote its checkpoint
+    assert launch_script("run").main(["--resume", str(out)]) == 2
+    assert "launch/compress.py was stopped there; the same command goes on" in capsys.readouterr().err
     assert compress.main([str(trained), "--plugin", "pq:bits=3", "--out", str(out)]) == 2
     assert "of another compression" in capsys.readouterr().err
     assert compress.main([str(trained), *arguments, "--out", str(out)]) == 0

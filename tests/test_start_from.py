@@ -116,7 +116,7 @@ def test_other_optimizers_start_anew_and_say_so(older, tmp_path, capsys):
         (("--dim", "8"), "table C1 is"),
         (("--min-count", "1"), "the model's tables are not those of the data"),
         (("--config", "c.yaml"), "--start-from takes its settings from the checkpoint and flags"),
-        (("--plan",), "--plan is of a new model"),
+        (("--plan",), "--plan is of a run that trains anew"),
     ],
 )
 def test_another_model_is_refused(older, tmp_path, capsys, flags, told):
