@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from dlrm_xla.contract import Stored
 from dlrm_xla.errors import UserError
 from dlrm_xla.serving import Scorer
+from dlrm_xla.whole_folder import whole_folder
 from dlrm_xla.xla_device import open_xla_first
 
 TORCH, STABLEHLO = "model.pt2", "stablehlo"
@@ -107,7 +105,7 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
         "step": about["step"],
     }
     written = [TORCH]
-    with _whole(folder) as scratch:
+    with whole_folder(folder) as scratch:
         torch.export.save(flexible, scratch / TORCH)
         if lowered:
             from dlrm_xla.xla_export import save_stablehlo
@@ -116,18 +114,3 @@ def export(scorer: Scorer, about: dict[str, Any], folder: Path, batch: int) -> l
             written.append(STABLEHLO)
         (scratch / "interface.json").write_text(json.dumps(interface, indent=1) + "\n")
     return [*written, "interface.json"]
-
-
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder that gets its name when all is in it, and vanishes when that fails; UserError of the disk."""
-    scratch = folder.with_name(f"{folder.name}.unfinished")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        yield scratch
-        scratch.rename(folder)  # in the place of an empty one too
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}. Name a folder elsewhere (--out).") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

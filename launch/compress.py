@@ -28,7 +28,6 @@ from typing import Any
 import convert
 import numpy as np
 import torch
-from dlrm_xla_data.fingerprint import describe_data
 from dlrm_xla_data.loader import Loader
 from dlrm_xla_data.prepared import PreparedDataset
 from first_checkpoint import Scores, check_ids, check_source, scores, write_run
@@ -136,7 +135,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     device = open_device(config.device)
     announce(device, config.precision)
     dataset, best_auc = open_data(config)
-    check_ids(about, config, dataset)
+    data = check_ids(about, config, dataset)
     plan = make_plan(config, device, device.rows, dataset)
     print(planning.text(plan.bags))
     print(plan.ratio())
@@ -171,7 +170,7 @@ def _compress(path: Path, given: dict[str, Any], fine_tune: int, weigh: str, out
     outcome = Outcome(best_log_loss=after["validation"]["log_loss"], best_auc=after["validation"]["auc"])
     report = make_report(config, plan, steps, watch, outcome, after["test"], base, best_auc)
     report |= {"compressed_from": str(path), "weigh": weigh, "before": before, "after": after, "compression": tables}
-    about = {"config": dataclasses.asdict(config), "model": described, "data": describe_data(dataset)}
+    about = {"config": dataclasses.asdict(config), "model": described, "data": data}
     write_run(
         RunFolder(config, origins, resumed=out), steps, outcome, about, report, after["validation"], "compression.json"
     )

@@ -32,19 +32,20 @@ def check_source(path: Path, about: Mapping[str, Any]) -> None:
         raise UserError(f"{path} does not say which model it is of; a checkpoint of launch/run.py does")
 
 
-def check_ids(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> None:
-    """Raises a UserError where a dataset has no rows to train on, or other ids than a checkpoint was trained on."""
+def check_ids(about: Mapping[str, Any], config: Config, dataset: PreparedDataset) -> dict[str, Any]:
+    """The dataset's description; a UserError where it has no rows to train on, or other ids than a checkpoint's."""
     check_trains(dataset)
     serving.check_tables(about["model"], [t.num_rows for t in make_tables(config, dataset)])
-    known = about.get("data")
+    now, known = describe_data(dataset), about.get("data")
     if known is None:
         warn("the checkpoint does not know its training rows: whether these ids mean the same cannot be checked")
-    elif describe_data(dataset)["vocabulary"] != known["vocabulary"]:
+    elif now["vocabulary"] != known["vocabulary"]:
         raise UserError(
             "the data has other ids than the checkpoint was trained on, so its rows would mean something else. Give "
             "--data rows that were prepared with the ids of the training rows (python -m dlrm_xla_data prepare LOG NEW "
             "--ids-of PREPARED --protocol ...)."
         )
+    return now
 
 
 def scores(steps: Steps, loader: Loader, watch: GraphWatch) -> Scores:

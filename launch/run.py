@@ -116,11 +116,6 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
             warn(line)
 
     fingerprint = check_data(dataset, start[1] if start else None, noted)
-    if alone := [n for f, n in enumerate(dataset.names) if dataset.num_rows(f, config.min_count) == 1]:
-        noted(
-            f"tables of one row, that of missing ids: {', '.join(alone)}; no value is there "
-            f"{max(1, config.min_count):,} times in the training rows (--min-count)"
-        )
     several_ranks.check_data(fingerprint, ranks)
     loader = Loader(dataset, config.batch_size, config.min_count, config.seed, ranks.part, pinned=device.pinned)
     first, stop = dataset.splits["train"]
@@ -146,6 +141,11 @@ def run(config: Config, origins: dict[str, str], resumed: Path | None = None, ra
             )
         return 0
     plan = make_plan(config, device, device.rows, dataset, ranks)
+    if alone := [table.name for table in plan.tables if table.num_rows == 1]:
+        noted(
+            f"tables of one row, that of missing ids: {', '.join(alone)}; no value is there "
+            f"{max(1, config.min_count):,} times in the training rows (--min-count)"
+        )
     if start:
         check_same_tables(about, serving.describe(config, plan.bags, *dataset.shape))
     print(planning.text(plan.bags))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from dlrm_xla_data.fingerprint import describe_data
 from dlrm_xla_data.loader import Loader
 from first_checkpoint import check_ids, check_source, scores, write_run
 from run_data import open_data
@@ -26,9 +24,10 @@ from dlrm_xla.metrics import base_rate_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.run_folder import RunFolder, check_out, fresh_folder
 from dlrm_xla.train import GraphWatch, Outcome, Steps
+from dlrm_xla.whole_folder import whole_folder
 
 # Settings of the checkpoint's run that are of that run alone.
-_DROPPED = ("out", "row_files", "data_cache")
+_DROPPED = ("out", "row_files", "data", "data_cache")
 # What decides which states optimizers have.
 _OF_STATES = ("row_optimizer", "row_state", "dense_optimizer")
 BEFORE = "before.json"
@@ -51,7 +50,7 @@ def start_from(path: Path, given: dict[str, Any], run: Callable[[Config, dict[st
     device = open_device(config.device)
     announce(device, config.precision)
     dataset, best_auc = open_data(config)
-    check_ids(about, config, dataset)
+    data = check_ids(about, config, dataset)
     plan = make_plan(config, device, device.rows, dataset)
     described = serving.describe(config, plan.bags, *dataset.shape)
     _check_same_model(about["model"], described)
@@ -75,12 +74,10 @@ def start_from(path: Path, given: dict[str, Any], run: Callable[[Config, dict[st
         report = make_report(config, plan, steps, watch, outcome, before["test"], base, best_auc)
         report |= {"started_from": str(path)}
         out = Path(config.out) if config.out else fresh_folder(config)
+        saved = {"config": dataclasses.asdict(config), "model": described, "data": data}
         # Under its name it has a checkpoint, or it would go on with a model that nobody trained.
-        unfinished = out.with_name(f"{out.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        saved = {"config": dataclasses.asdict(config), "model": described, "data": describe_data(dataset)}
-        write_run(RunFolder(config, origins, unfinished), steps, outcome, saved, report, best, BEFORE)
-        unfinished.rename(out)
+        with whole_folder(out) as scratch:
+            write_run(RunFolder(config, origins, scratch), steps, outcome, saved, report, best, BEFORE)
     finally:
         if plan.files:
             plan.files.release()
@@ -93,7 +90,7 @@ def start_from(path: Path, given: dict[str, Any], run: Callable[[Config, dict[st
 
 
 def _settings(about: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
-    saved = {k: v for k, v in about["config"].items() if k not in (*_DROPPED, "data")}
+    saved = {k: v for k, v in about["config"].items() if k not in _DROPPED}
     config, origins = resolve({**saved, **given}, None)
     return config, {k: v if k in given else "the checkpoint" for k, v in origins.items()}
 

@@ -50,6 +50,7 @@ class Encoder:
             self._types = {name: schema.field(name).type for name in self._layout.needed}
         else:
             self._types = text_types(self._layout, self._layout.needed)
+        self._separators = {c.name: c.separator for c in self._layout.categories}
         self._bag_lengths: list[int] = meta["bag_lengths"]
         self._rows_of_tables: list[int] = [n + 1 for n in meta["ids_per_table"]]
         self._seed: int = meta["options"]["seed"]
@@ -88,12 +89,12 @@ class Encoder:
         kind = self._types[name]
         try:
             if not self._layout.parquet:
-                separator = next((c.separator for c in self._layout.categories if c.name == name), "")
+                fields = [_joined(value, self._separators.get(name, "")) for value in values]
                 if pa.types.is_binary(kind):
-                    values = [_text(_joined(value, separator)) for value in values]
+                    values = [_text(field) for field in fields]
                 else:
                     read = _integer if pa.types.is_integer(kind) else _real
-                    values = [_number(_joined(value, ""), read) for value in values]
+                    values = [_number(field, read) for field in fields]
             return pa.array(values, kind)
         except _NoValue as error:
             raise ValueError(f"column {name} is {_shown(values)}, expected {error}") from error

@@ -201,10 +201,11 @@ def _taken(table: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def text_types(layout: Layout, names: Sequence[str]) -> dict[str, Any]:
-    """As what Arrow reads those of the columns of a text log that are needed, in their order."""
+    """What Arrow reads the needed columns of a text log as, in their order."""
     import pyarrow as pa
 
-    types = {name: pa.binary() for name in names if name in layout.needed}
+    needed = set(layout.needed)
+    types = {name: pa.binary() for name in names if name in needed}
     types |= dict.fromkeys((n for n in layout.dense if n in types), pa.int64() if layout.integers else pa.float64())
     if layout.label:
         types[layout.label] = pa.float64() if layout.above is not None else pa.int8()

@@ -91,7 +91,7 @@ def column(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Spli
     return _counted(parts)
 
 
-def all_test(columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
+def all_test(columns: RawColumns) -> Split:
     """Every row is of the test part: what has the ids of another dataset is there to be scored, unless told."""
     return _from_ranges({"train": (0, 0), "validation": (0, 0), "test": (0, columns.num_rows)})
 
@@ -111,7 +111,7 @@ BY_TIME = ("dlrm_days", "chronological")
 def make_split(name: str, columns: RawColumns, rows_of_files: Sequence[int], seed: int) -> Split:
     """The split of a protocol; UserError where a part would have no row."""
     if name == ALL_TEST:
-        return all_test(columns, rows_of_files, seed)
+        return all_test(columns)
     if name not in PROTOCOLS:
         raise UserError(f"--protocol {name}: {choices(name, PROTOCOLS)}")
     split = PROTOCOLS[name](columns, rows_of_files, seed)
