@@ -50,6 +50,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.guards import announce
 from dlrm_xla.presets import KAGGLE_ROWS
 from dlrm_xla.registry import EXACT, installed, parse
+from dlrm_xla.row_lines import Placement
 from dlrm_xla.row_rules import RULES
 from dlrm_xla.run_folder import versions
 from dlrm_xla.xla_device import open_xla_first
@@ -224,7 +225,7 @@ def ours(case: Case, title: str, given: argparse.Namespace) -> dict[str, Maker]:
     if title == "tt":
         return {f"{OURS} tensorly_tt": lambda: arms.tt(case, given.rank)}
     # A step's placement is the device's choice; the flag is for single tables.
-    placements = given.placement if case.what != "step" else ["sparse"]
+    placements: list[Placement] = given.placement if case.what != "step" else ["sparse"]
     makers: dict[str, Maker] = {f"{OURS} {p}": partial(arms.ours, case, p) for p in placements}
     if case.device.name == "cpu" and fbgemm_rows.installed() and case.optimizer in fbgemm_rows.OPTIMIZERS:
         makers[f"{OURS} FBGEMM's kernels"] = lambda: arms.ours(case, "sparse", "fbgemm")
@@ -317,13 +318,13 @@ def _wall_ms(device: Device, run: Repetition, k: int) -> float:
 
 def _device_ms(device: Device, run: Repetition, k: int) -> float:
     """By events on the GPU, which first idles so long that all of the work is in its queue."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(_IDLE_CYCLES)  # type: ignore[no-untyped-call]
-    begin.record()
+    begin.record()  # type: ignore[no-untyped-call]
     run(k)
-    end.record()
+    end.record()  # type: ignore[no-untyped-call]
     device.synchronize()
-    return begin.elapsed_time(end)
+    return float(begin.elapsed_time(end))  # type: ignore[no-untyped-call]
 
 
 def _tried(name: str, make: Maker, device: Device, needed: bool) -> Repetition | None:

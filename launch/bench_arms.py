@@ -253,19 +253,21 @@ def torch_bag(case: Case, *, sparse: bool) -> Repetition | None:
 class _PlainDLRM(nn.Module):
     """The model as the reference script writes it: interaction by fancy indexing, nothing of ours but the layers."""
 
-    def __init__(self, bags: list[nn.Module], case: Case) -> None:
+    def __init__(self, bags: Sequence[nn.Module], case: Case) -> None:
         super().__init__()
         config = _config(case)
         n = len(bags) + 1
         self.bottom = mlp([13, *config.bottom, case.dim], relu_last=True)
         self.top = mlp([case.dim + n * (n - 1) // 2, *config.top, 1], relu_last=False)
         self.bags = nn.ModuleList(bags)
+        self.li: Tensor
+        self.lj: Tensor
         self.register_buffer("li", torch.tensor([i for i in range(n) for j in range(i)]))
         self.register_buffer("lj", torch.tensor([j for i in range(n) for j in range(i)]))
 
     def vectors(self, ids: Tensor, length: int) -> list[Tensor]:
         ones = torch.ones(len(ids), length).to(ids.device)
-        return [bag(part, ones) for bag, part in zip(self.bags, ids.split(length, 1), strict=True)]
+        return [bag(part, ones) for bag, part in zip(self.bags, torch.split(ids, length, 1), strict=True)]
 
     def forward(self, dense: Tensor, ids: Tensor, length: int) -> Tensor:
         x = self.bottom(dense)
@@ -277,7 +279,7 @@ class _PlainDLRM(nn.Module):
 
 def _plain_dlrm(
     case: Case,
-    bags: list[nn.Module],
+    bags: Sequence[nn.Module],
     make: Callable[[Any], torch.optim.Optimizer],
     model: _PlainDLRM | None = None,
     graph: bool = False,

@@ -103,7 +103,7 @@ def methods(rows: TrainedRows, rank: int, device: torch.device) -> dict[str, Cal
     """Makers of bases [rank, D] by name; ours stream, LAPACK has the table whole, on the host."""
     found: dict[str, Callable[[], Tensor]] = {"optimal, streamed": lambda: top_directions(rows, rank, device)}
     for power in (0, 1, 2):
-        found[f"randomized, power {power}"] = lambda power=power: random_directions(rows, rank, power, device=device)
+        found[f"randomized, power {power}"] = partial(random_directions, rows, rank, power, device=device)
     if rows.num_rows * rows.dim <= LAPACK_NUMBERS:
         found["LAPACK"] = lambda: lapack(rows, rank)
     return found

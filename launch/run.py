@@ -361,8 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a disk that fills, a folder that vanishes; anything else names itself
-        error = UserError(f"{error}. Look at the disk and the permissions there, and run again.")
-        print(ranks.failed(error), file=sys.stderr)
+        told = UserError(f"{error}. Look at the disk and the permissions there, and run again.")
+        print(ranks.failed(told), file=sys.stderr)
         return ranks.end(2)
     except KeyboardInterrupt as error:
         return ranks.end(stopped_at_once(str(error)))

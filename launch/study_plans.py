@@ -90,7 +90,7 @@ def _plan_bench(cell: Cell) -> dict[str, Any]:
 
 
 def _plan_run(cell: Cell) -> dict[str, Any]:
-    from dlrm_xla_data.synthetic import day_split
+    from dlrm_xla_data.prepared import day_split
     from run_data import open_data
     from run_plan import make_plan
 

@@ -54,7 +54,7 @@ def update_ms(chip: Any, case: dict[str, Any], streams: bool) -> float:
     """The slower of moving what the program copies and of issuing its bundles."""
     kernel = case["kernels"][0]
     moved = 2 * 4_220_323 * LINE_BYTES if streams else sum(kernel["copied_bytes"].values())
-    return 1000 * max(moved / chip.hbm_bytes_per_second, kernel["issued"] / chip.clock_hz)
+    return float(1000 * max(moved / chip.hbm_bytes_per_second, kernel["issued"] / chip.clock_hz))
 
 
 def _one_hot(axes: Any, found: dict[str, Any]) -> None:

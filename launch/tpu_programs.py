@@ -86,9 +86,15 @@ def compile_for(
         for path in Path(_folder.name).iterdir():
             path.unlink()
     sharding = SingleDeviceSharding(device_of(chip.name))
-    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+        for shape, dtype in shapes
+    ]
     compiled = jax.jit(function, donate_argnums=tuple(donated), keep_unused=True).lower(*arguments).compile()
     memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    assert memory is not None
+    assert cost is not None
+    assert hlo is not None
     found = re.search(r"entry_computation_layout=\{\((.*?)\)->", hlo)
     cycles = {
         name: int(number)
@@ -111,7 +117,7 @@ def compile_stablehlo(chip: Chip, artifact: bytes) -> dict[str, Any]:
     import numpy as np
     from jax._src import compiler
     from jax._src.interpreters import mlir
-    from jax._src.lib import xla_client
+    from jax._src.lib import xla_client  # type: ignore[attr-defined]
     from jaxlib.mlir.dialects import stablehlo
 
     device = device_of(chip.name)
@@ -154,7 +160,7 @@ def read_kernel(path: Path, chip: Chip) -> Kernel:
         elif bundles:
             bundles[-1] += "\n" + line
     starts = {region: i for i, bundle in enumerate(bundles) for region in re.findall(r"Start region (\d+)", bundle)}
-    loops = []
+    loops: list[tuple[int, int, int | None]] = []
     for branch, bundle in enumerate(bundles):
         for region in re.findall(r"sbr\.rel[^$]*target = \$region(\d+)", bundle):
             start = starts.get(region, len(bundles))
@@ -171,8 +177,8 @@ def read_kernel(path: Path, chip: Chip) -> Kernel:
     issued = 0
     for i, bundle in enumerate(bundles):
         times = 1
-        for start, end, turns in loops:
-            times *= turns or 1 if start <= i <= end else 1
+        for start, end, laps in loops:
+            times *= laps or 1 if start <= i <= end else 1
         issued += times
         for kind, size in re.findall(r"(?<!for )%\w+ = dma\.(\w+)[^\n]*?size_in_granules=\*/([%\w]+)", bundle):
             kernel.copies[kind] = kernel.copies.get(kind, 0) + times

@@ -23,6 +23,7 @@ from dlrm_xla.config import Config
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import StackOptimizer
+from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowStack
 from dlrm_xla.serving import model_settings
 from dlrm_xla.shapes import shapes_alone
@@ -107,6 +108,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
             **model_settings(config),
         )
     steps = Steps(model, lengths, device, config)
+    assert isinstance(steps.rows, RowStore)
     stacks, optimizers = steps.rows.stacks, steps.rows.optimizers
     looked_up = [_counted(stack) for stack in stacks]
     modules: dict[str, nn.Module] = {name or "model": module for name, module in steps.model.named_modules()}
@@ -130,6 +132,7 @@ def trace_steps(config: Config) -> tuple[list[Traced], dict[str, Any]]:
 
     sparse = tuple(title for title, stack in zip(titles, stacks, strict=True) if stack.placement == "sparse")
     traced = []
+    train: tuple[str, Callable[..., Any], float | None]
     train, forward = ("train", steps._train_step, 1.0), ("forward", steps._evaluation_step, None)
     for (name, step, rate), bags in [(train, longest), (forward, longest), *((train, bags) for bags in shorter)]:
         for counts in looked_up:
@@ -177,7 +180,7 @@ def _counted(stack: RowStack) -> list[int]:
         counts.append(ids_BS.numel())
         return look_up(ids_BS, *rest)
 
-    stack.look_up = counting  # type: ignore[method-assign]
+    stack.look_up = counting  # type: ignore[method-assign, assignment]
     return counts
 
 
