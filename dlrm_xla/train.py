@@ -1,285 +1,24 @@
-"""The training loop: steps, validation, early stopping, and a watch over the one-graph rule."""
+"""The training loop: steps, validation, early stopping, checkpoints."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dlrm_xla import checkpoint
-from dlrm_xla.batches import PackedBatch, Source, arranged, unpack
-from dlrm_xla.codebooks import most_rows, multiply_codebooks
-from dlrm_xla.config import Config
-from dlrm_xla.contract import Refreshed
-from dlrm_xla.dense_optim import dense_optimizer
-from dlrm_xla.device import Counters, Device, Forgetful
-from dlrm_xla.errors import UserError
-from dlrm_xla.guards import FiniteWatch, doubts
+from dlrm_xla.batches import PackedBatch, Source
+from dlrm_xla.graph_watch import GraphWatch, phase
+from dlrm_xla.guards import doubts
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
-from dlrm_xla.model import DLRM
 from dlrm_xla.progress import Progress
-from dlrm_xla.ranks import ALONE, Ranks
-from dlrm_xla.row_files import RowFiles
-from dlrm_xla.row_rules import RowSettings
-from dlrm_xla.row_store import RowStore, placement_rule
+from dlrm_xla.steps import Steps
 from dlrm_xla.stopping import stop_signals
-from dlrm_xla.torchrec_plan import Shards
-from dlrm_xla.torchrec_rows import TorchrecRows
-
-
-def learning_rate_factor(config: Config, step: int) -> float:
-    """Share of the full learning rates at a step, counted from 0.
-
-    Linear warm-up ((step + 1) / warmup_steps), then 1, then ((end - step) / decay_steps)^decay_power from
-    decay_start to end = decay_start + decay_steps, then 0. That of facebookresearch/dlrm's LRPolicyScheduler decays one
-    step earlier, keeps (warmup_steps - 1) / warmup_steps between the two, and goes on with the last rate that it had.
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.decay_steps and step >= config.decay_start:
-        left = max(0, config.decay_start + config.decay_steps - step)
-        return float((left / config.decay_steps) ** config.decay_power)
-    return 1.0
-
-
-def row_settings(config: Config) -> RowSettings:
-    """The row optimizer's part of a configuration."""
-    return RowSettings(config.row_optimizer, weight_decay=config.row_weight_decay, state=config.row_state)
-
-
-def check_batch(size: int, micro_batches: int, chips: int) -> None:
-    """Raises UserError where chips would have unequal parts of a batch, or of a micro-batch."""
-    parts = micro_batches * chips
-    if size % parts:
-        which = f"each of {micro_batches} micro-batches of " if micro_batches > 1 else ""
-        raise UserError(
-            f"{which}a batch of {size} cannot be cut into equal parts for {chips} chips: take --batch-size "
-            f"{-(-size // parts) * parts}, or fewer chips{' or micro_batches' if which else ''}"
-        )
-
-
-class Steps:
-    """The train and the evaluation step of one model on one device, each one graph where the device has graphs."""
-
-    def __init__(
-        self,
-        model: DLRM,
-        bag_lengths: Sequence[int],
-        device: Device,
-        config: Config,
-        files: RowFiles | None = None,
-        ranks: Ranks = ALONE,
-        shards: Shards | None = None,
-    ) -> None:
-        self.device = device
-        self.ranks = ranks
-        self.config = config
-        self.bag_lengths = list(bag_lengths)
-        check_batch(config.batch_size, config.micro_batches, device.rows.num_chips)
-        settings = row_settings(config)
-        self.rows: RowStore | TorchrecRows
-        if shards:
-            self.rows = TorchrecRows(model, device, settings, config.row_lr, shards, bag_lengths, ranks)
-        else:
-            place = placement_rule(config, device.rows)
-            near, ids = config.near_bytes, 0
-            if near < 0:  # the device's own, and that only where it helps
-                near, ids = device.rows.near_bytes, config.batch_size * sum(bag_lengths)
-            self.rows = RowStore(
-                model, device, settings, config.row_lr, place, files, config.row_kernels, ranks, near, ids
-            )
-        most = most_rows(device.rows, config.batch_size * max(bag_lengths) // device.rows.num_chips)
-        multiply_codebooks(model, most if config.codebook_rows < 0 else config.codebook_rows)
-        self._num_rows_F = torch.tensor([t.num_rows for t in model.tables])
-        self._names_F = [t.name for t in model.tables]
-        own = {name for name, _ in model.bags.named_parameters(prefix="bags")}
-        self.model = device.place(model)
-        self._run = self.rows.runner(model)
-        self._order = None if model.bags.order == sorted(model.bags.order) else model.bags.order
-        # Cores and codebooks start small and must grow to the size of trained rows: their rate is one of their own.
-        groups = [
-            ([p for n, p in self.model.named_parameters() if n not in own], config.dense_lr),
-            ([p for n, p in self.model.named_parameters() if n in own], config.plugin_lr or config.dense_lr),
-        ]
-        self.dense = dense_optimizer(config.dense_optimizer, groups, device)
-        self._trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self._refreshed = [m for m in model.bags.modules() if isinstance(m, Refreshed)]
-        self._finite = FiniteWatch("parameter", len(self._trained), device)
-        self.loss_and_count = torch.zeros(2).to(device.torch_device)
-        # One graph each, or one for each of a few lengths of bags.
-        self._compiled: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
-        self._plain = device.optional_graphs and (shards is not None or config.cuda_graphs == "off")
-
-    def train(self, packed: PackedBatch, step: int) -> None:
-        """One optimizer step; queued, not awaited. A UserError names an id that its table does not have."""
-        self._check_ids(packed, f"training step {step + 1}")
-        packed = self.arranged(packed)
-        run = self._graph(self._train_step, "train", packed)
-        run(packed.sent(self.device.send), rate=learning_rate_factor(self.config, step))
-
-    def evaluate(self, packed: PackedBatch) -> Tensor:
-        """Logits of one batch, float32, still on the device."""
-        self._check_ids(packed, "evaluation")
-        packed = self.arranged(packed)
-        logits_B: Tensor = self._graph(self._evaluation_step, "evaluation", packed)(packed.sent(self.device.send))
-        return logits_B
-
-    def arranged(self, packed: PackedBatch) -> PackedBatch:
-        """Features side by side as bags come: on the host, where it costs nothing but a copy of the ids."""
-        return packed if self._order is None else arranged(packed, self.bag_lengths, self._order)
-
-    def _graph(self, step: Callable[..., Any], name: str, packed: PackedBatch) -> Callable[..., Any]:
-        key = name, packed.lengths
-        if key not in self._compiled:
-            self._compiled[key] = step if self._plain else self.device.compile(step, name)
-        return self._compiled[key]
-
-    def _check_ids(self, packed: PackedBatch, where: str) -> None:
-        # On the host, where batches come from: one comparison per id, and nothing has been updated yet.
-        lengths = torch.tensor(packed.lengths or self.bag_lengths)
-        num_rows_S = self._num_rows_F.repeat_interleave(lengths)
-        bad_BS = (packed.ids_BS < (0 if packed.lengths is None else -1)) | (packed.ids_BS >= num_rows_S)
-        if bad_BS.any():
-            row, slot = bad_BS.nonzero()[0].tolist()
-            feature = int((lengths.cumsum(0) <= slot).sum())
-            raise UserError(
-                f"{where}, row {row} of the batch: feature {self._names_F[feature]} has the id "
-                f"{int(packed.ids_BS[row, slot])}, but its table has the ids 0 to {int(num_rows_S[slot]) - 1}. "
-                "Prepare the data again, or give the table more rows."
-            )
-
-    def refresh(self) -> None:
-        """Lets each plugin that has a ``refresh`` rearrange its table, on the host, between two steps."""
-        for bag in self._refreshed:
-            bag.refresh()
-            assert isinstance(bag, torch.nn.Module)
-            for tensor in bag.state_dict(keep_vars=True).values():
-                if self.ranks.size > 1:  # hosts may round differently
-                    host = tensor.cpu()
-                    self.ranks.copy_first(host)
-                    self.device.write(tensor, host)
-        if self._refreshed:
-            for run in self._compiled.values():
-                if isinstance(run, Forgetful):
-                    run.forget()
-
-    def save(self, path: Path, about: dict[str, Any]) -> None:
-        """Writes a checkpoint of everything that the next step depends on."""
-        states = {f"random.{name}": get() for name, (get, _) in self.device.random_states.items()}
-        run = {**states, "loss_and_count": self.loss_and_count}
-        checkpoint.save(path, self.model, self.dense, self.rows, about, run)
-
-    def load(self, path: Path) -> None:
-        """Takes over a checkpoint, before the first step; of another device too."""
-        _, run = checkpoint.load_training(path, self.model, self.dense, self.rows)
-        self.device.write(self.loss_and_count, run["loss_and_count"])
-        for name, (_, put) in self.device.random_states.items():
-            if f"random.{name}" in run:
-                put(run[f"random.{name}"])
-
-    def check_finite(self) -> None:
-        """Raises a UserError where the loss or a gradient was not finite so far; waits for the device."""
-        self.rows.check_gradients()
-        self._finite.check()
-        loss = float(self.loss_and_count.cpu()[0])
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {int(self.rows.steps_done.cpu())}. Lower --dense-lr or --row-lr, or check "
-                "the data; checkpoints saved before it are kept."
-            )
-
-    def mean_loss(self) -> float:
-        """Mean loss of the samples since the last call; waits for the device."""
-        loss, count = self.ranks.add(self.loss_and_count.cpu().clone()).tolist()
-        self.device.write(self.loss_and_count, torch.zeros(2))
-        return float(loss / count) if count else math.nan
-
-    def _logits(self, packed: PackedBatch) -> Tensor:
-        batch = unpack(packed, self.bag_lengths, self._order)
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.device.torch_device.type, torch.bfloat16, enabled=bf16):
-            logits_B: Tensor = self._run(batch.dense_BI, batch.ids, batch.weights)
-        return logits_B.float()
-
-    def _train_step(self, packed: PackedBatch, rate: float) -> None:
-        for group in self.dense.param_groups:
-            group["lr"] = group["base_lr"] * rate
-        self.rows.learning_rate = self.config.row_lr * rate
-        self.model.train()
-        count = (packed.labels_B >= 0).float().sum()
-        # Gradients are averaged over the ranks, whatever share of the batch's samples each has.
-        mean_count = self.ranks.mean(count)
-        totals = []
-        for part in packed.split(self.config.micro_batches):
-            labels_B = part.labels_B
-            losses_B = binary_cross_entropy_with_logits(self._logits(part), labels_B.clamp(min=0), reduction="none")
-            total = (losses_B * (labels_B >= 0).float()).sum()
-            # Gradients of the parts add up, those of table rows too: a step is one step of the whole batch.
-            torch.autograd.backward(total / mean_count)
-            totals.append(total.detach())
-        with torch.no_grad():
-            sums = {name: p.grad.sum() for name, p in self._trained if p.grad is not None}
-        self.dense.step()
-        self.dense.zero_grad(set_to_none=True)
-        self.rows.step()
-        with torch.no_grad():
-            if sums:
-                self._finite.note(list(sums), torch.stack(list(sums.values())), self.rows.steps_done)
-            self.loss_and_count += torch.stack([torch.stack(totals).sum(), count])
-
-    def _evaluation_step(self, packed: PackedBatch) -> Tensor:
-        self.model.eval()
-        with torch.no_grad():
-            return self._logits(packed)
-
-
-@dataclass
-class GraphWatch:
-    """Counts compiles and CPU fallbacks, and says at which step which rule was broken.
-
-    A run compiles one train graph, at its first step, and one evaluation graph. Whatever comes later, and every
-    operation that xla hands to the CPU, is a broken rule.
-    """
-
-    device: Device
-    warn: Callable[[str], None] = lambda line: None
-    compiles: dict[str, int] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    _seen: Counters = Counters()
-
-    def __post_init__(self) -> None:
-        self._seen = self.device.counters()
-
-    def after(self, phase: str, step: int, graphs: int = 1) -> None:
-        """Looks at the counters after a step of a phase, whose first step may compile so many ``graphs``."""
-        broken = len(self.broken)
-        now = self.device.counters()
-        new = now.compiles - self._seen.compiles
-        if new:
-            had = self.compiles.get(phase, 0)
-            self.compiles[phase] = had + new
-            if had or new > graphs:
-                self.broken.append(f"{phase} step {step}: compiled {had + new} graphs where {graphs} is enough")
-        for name, count in now.fallbacks.items():
-            more = count - self._seen.fallbacks.get(name, 0)
-            if more and name not in self.fallbacks:
-                self.broken.append(f"{phase} step {step}: {name} runs on the CPU instead of the device")
-            if more:
-                self.fallbacks[name] = self.fallbacks.get(name, 0) + more
-        self._seen = now
-        for line in self.broken[broken:]:
-            self.warn(f"one-graph rule broken: {line}")
 
 
 @dataclass
@@ -297,11 +36,6 @@ class Outcome:
     validations_without_gain: int = 0
     stopped_early: bool = False
     interrupted: bool = False
-
-
-def phase(name: str, packed: PackedBatch) -> str:
-    """What a step's graph is counted under: one for each of a few lengths of bags."""
-    return name if packed.lengths is None else f"{name}, {sum(packed.lengths)} slots"
 
 
 def predict(steps: Steps, source: Source, split: str, watch: GraphWatch) -> NDArray[np.float32]:
@@ -333,117 +67,167 @@ def train(steps: Steps, source: Source, watch: GraphWatch, reports: Reports, out
     Saves after each validation, every `save_every` steps or `save_minutes`, and when interrupted: then it finishes the
     step at hand first. ``outcome`` is that of a checkpoint which ``steps`` hold, to go on from there.
     """
-    config, outcome = steps.config, outcome or Outcome()
-    per_epoch = source.num_batches("train")
-    validations = {max(1, round(per_epoch * k / config.evals_per_epoch)) for k in range(1, config.evals_per_epoch + 1)}
-    validation_labels = source.labels("validation").numpy()
-    train_labels = source.labels("train")
-    base = base_rate_metrics(validation_labels, float(train_labels.mean()))
-    step_ms: list[float] = []
-    window_start, window_steps, warm = time.perf_counter(), 0, False
-    saved_at = time.monotonic()
-    doubted = False
+    training = _Training(steps, source, watch, reports, outcome or Outcome())
+    shown, total = steps.ranks.first, training.per_epoch * steps.config.epochs
+    with stop_signals(shown) as asked_to_stop, Progress(total, steps.config.batch_size, shown) as progress:
+        training.run(asked_to_stop, progress)
+    return training.outcome
 
-    def loss_so_far() -> float:
-        nonlocal window_start, window_steps, warm
-        steps.check_finite()
-        loss = steps.mean_loss()
+
+class _Clock:
+    """Milliseconds a step, over windows that end where the device is waited for; the first holds the compilation."""
+
+    def __init__(self) -> None:
+        self.windows: list[float] = []
+        self.steps = 0
+        self._start = time.perf_counter()
+        self._warm = False
+
+    def close(self) -> float:
+        """Ends a window: its seconds, 0 of the first."""
         now = time.perf_counter()
-        if warm:  # the first window holds the compilation
-            step_ms.append((now - window_start) / window_steps * 1000)
-            outcome.seconds += now - window_start
-        window_start, window_steps, warm = time.perf_counter(), 0, True
-        reports.log({"step": outcome.steps, "samples": outcome.samples, "train_loss": loss})
-        return loss
+        seconds = now - self._start if self._warm else 0.0
+        if self._warm:
+            self.windows.append(seconds / self.steps * 1000)
+        self._start, self.steps, self._warm = now, 0, True
+        return seconds
 
-    def validated() -> dict[str, float]:
-        result = click_metrics(validation_labels, predict(steps, source, "validation", watch))
-        row = {f"validation_{k}": v for k, v in result.items()}
-        reports.log({"step": outcome.steps, "samples": outcome.samples, **row})
-        return result
+    def paused(self, seconds: float) -> None:
+        """Takes out what was no step."""
+        self._start += seconds
 
-    def saved(best: bool) -> None:
-        nonlocal saved_at
-        steps.check_finite()
-        reports.save(outcome, best)
-        watch.after("checkpoint", outcome.steps, len(steps.rows.arrays()))
-        saved_at = time.monotonic()
 
-    shown = steps.ranks.first
-    with (
-        stop_signals(shown) as asked_to_stop,
-        Progress(per_epoch * config.epochs, config.batch_size, shown) as progress,
-    ):
+class _Training:
+    """A training run: its outcome so far, and what follows a step when."""
 
-        def paused_since(began: float) -> None:
-            """Takes what was no step out of the speeds."""
-            nonlocal window_start
-            seconds = time.perf_counter() - began
-            window_start += seconds
-            progress.paused(seconds)
+    def __init__(
+        self,
+        steps: Steps,
+        source: Source,
+        watch: GraphWatch,
+        reports: Reports,
+        outcome: Outcome,
+    ) -> None:
+        self.steps, self.source, self.watch, self.reports = steps, source, watch, reports
+        self.config, self.outcome = steps.config, outcome
+        self.per_epoch = source.num_batches("train")
+        per_epoch, parts = self.per_epoch, self.config.evals_per_epoch
+        self.validations = {max(1, round(per_epoch * k / parts)) for k in range(1, parts + 1)}
+        self.labels = source.labels("validation").numpy()
+        self.base = base_rate_metrics(self.labels, float(source.labels("train").mean()))
+        self.clock = _Clock()
+        self.saved_at = time.monotonic()
+        self.validated_at = 0
+        self.doubted = False
 
-        epoch, number = divmod(outcome.steps, per_epoch)
-        progress.skip(outcome.steps)
+    def run(self, asked_to_stop: Callable[[], bool], progress: Progress) -> None:
+        """Trains to the end, or until it is asked to stop."""
+        config, outcome, self.progress = self.config, self.outcome, progress
+        self.progress.skip(outcome.steps)
+        epoch, number = divmod(outcome.steps, self.per_epoch)
         outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
-        while epoch < config.epochs and not outcome.stopped_early:
-            for packed in source.batches("train", epoch, number):
-                if outcome.steps and (number or per_epoch) in validations:
+        while epoch < config.epochs and not outcome.stopped_early and not outcome.interrupted:
+            for packed in self.source.batches("train", epoch, number):
+                if outcome.steps and (number or self.per_epoch) in self.validations:
                     # After the validation and what it saved, so that the best checkpoint is what was validated, and
                     # by the place in the data, so that a run that goes on does the same.
-                    pause = time.perf_counter()
-                    steps.refresh()
-                    paused_since(pause)
-                steps.train(packed, outcome.steps)
+                    began = time.perf_counter()
+                    self.steps.refresh()
+                    self._paused_since(began)
                 number += 1
-                outcome.steps += 1
-                save = (
-                    outcome.steps % config.save_every == 0
-                    if config.save_every
-                    else time.monotonic() - saved_at >= config.save_minutes * 60
-                )
-                # Ranks must stop and save after the same step, whichever of them was asked to.
-                count, stop, due = steps.ranks.agree(int((packed.labels_B >= 0).sum()), asked_to_stop(), save)
-                outcome.samples += count
-                outcome.epochs = epoch + number / per_epoch
-                window_steps += 1
-                watch.after(phase("train", packed), outcome.steps)
-                progress.advance()
-                validate, best = number in validations, False
-                if outcome.steps == 1 or outcome.steps % config.log_every == 0 or validate:
-                    loss = loss_so_far()
-                    progress.show(loss=loss)
-                if validate or due or stop:
-                    steps.device.synchronize()
-                pause = time.perf_counter()
-                if validate:
-                    result = validated()
-                    progress.show(loss=loss, validation_auc=result["auc"])
-                    outcome.validations_without_gain += 1
-                    # By log loss: AUC on some ten thousand rows changes places at the fourth digit.
-                    if best := result["log_loss"] < outcome.best_log_loss:
-                        outcome.best_log_loss, outcome.best_auc = result["log_loss"], result["auc"]
-                        outcome.best_step, outcome.validations_without_gain = outcome.steps, 0
-                    outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
-                    doubt = doubts(result["auc"], result["log_loss"], base["log_loss"])
-                    long_enough = outcome.steps >= min(per_epoch, 500) or outcome.stopped_early
-                    if doubt and long_enough and not doubted:
-                        doubted = True
-                        reports.warn(f"step {outcome.steps}: {doubt}")
-                if validate or due or stop:
-                    saved(best)
-                paused_since(pause)
-                if stop or outcome.stopped_early:
+                if self._step(packed, epoch, number, asked_to_stop):
+                    outcome.interrupted = True
+                    break
+                if outcome.stopped_early:
                     break
             epoch, number = epoch + 1, 0
-            if stop:
-                outcome.interrupted = True
-                break
-        if outcome.interrupted and not validate:
+        if outcome.interrupted and self.validated_at != outcome.steps:
             # For the report only: what was saved before knows nothing of it, so the run goes on as if never stopped.
-            if window_steps:
-                loss_so_far()
-            result = validated()
+            if self.clock.steps:
+                self._loss()
+            result = self._validated()
             if not math.isfinite(outcome.best_log_loss):
                 outcome.best_auc = result["auc"]
-    outcome.step_ms_median = statistics.median(step_ms) if step_ms else math.nan
-    return outcome
+        windows = self.clock.windows
+        outcome.step_ms_median = statistics.median(windows) if windows else math.nan
+
+    def _step(self, packed: PackedBatch, epoch: int, number: int, asked_to_stop: Callable[[], bool]) -> bool:
+        """The ``number``-th step of an epoch and what is due after it; whether to stop."""
+        config, outcome, steps = self.config, self.outcome, self.steps
+        steps.train(packed, outcome.steps)
+        outcome.steps += 1
+        to_save = (
+            outcome.steps % config.save_every == 0
+            if config.save_every
+            else time.monotonic() - self.saved_at >= config.save_minutes * 60
+        )
+        # Ranks must stop and save after the same step, whichever of them was asked to.
+        count, stop, due = steps.ranks.agree(int((packed.labels_B >= 0).sum()), asked_to_stop(), to_save)
+        outcome.samples += count
+        outcome.epochs = epoch + number / self.per_epoch
+        self.clock.steps += 1
+        self.watch.after(phase("train", packed), outcome.steps)
+        self.progress.advance()
+        validate = number in self.validations
+        if outcome.steps == 1 or outcome.steps % config.log_every == 0 or validate:
+            loss = self._loss()
+            self.progress.show(loss=loss)
+        if validate or due or stop:
+            steps.device.synchronize()
+        began = time.perf_counter()
+        best = False
+        if validate:
+            result = self._validated()
+            self.progress.show(loss=loss, validation_auc=result["auc"])
+            best = self._judged(result)
+        if validate or due or stop:
+            self._save(best)
+        self._paused_since(began)
+        return bool(stop)
+
+    def _loss(self) -> float:
+        """Mean loss since the last call, logged; waits for the device, and fails where anything was not finite."""
+        self.steps.check_finite()
+        loss = self.steps.mean_loss()
+        self.outcome.seconds += self.clock.close()
+        self.reports.log({"step": self.outcome.steps, "samples": self.outcome.samples, "train_loss": loss})
+        return loss
+
+    def _validated(self) -> dict[str, float]:
+        """Metrics of the validation rows, logged."""
+        result = click_metrics(self.labels, predict(self.steps, self.source, "validation", self.watch))
+        row = {f"validation_{k}": v for k, v in result.items()}
+        self.reports.log({"step": self.outcome.steps, "samples": self.outcome.samples, **row})
+        self.validated_at = self.outcome.steps
+        return result
+
+    def _judged(self, result: dict[str, float]) -> bool:
+        """Whether a validation is the best yet; says whether to stop for want of gain, and warns of what looks wrong.
+
+        By log loss: AUC on some ten thousand rows changes places at the fourth digit.
+        """
+        outcome, patience = self.outcome, self.config.patience
+        best = result["log_loss"] < outcome.best_log_loss
+        outcome.validations_without_gain += 1
+        if best:
+            outcome.best_log_loss, outcome.best_auc = result["log_loss"], result["auc"]
+            outcome.best_step, outcome.validations_without_gain = outcome.steps, 0
+        outcome.stopped_early = 0 < patience <= outcome.validations_without_gain
+        doubt = doubts(result["auc"], result["log_loss"], self.base["log_loss"])
+        long_enough = outcome.steps >= min(self.per_epoch, 500) or outcome.stopped_early
+        if doubt and long_enough and not self.doubted:
+            self.doubted = True
+            self.reports.warn(f"step {outcome.steps}: {doubt}")
+        return best
+
+    def _save(self, best: bool) -> None:
+        self.steps.check_finite()
+        self.reports.save(self.outcome, best)
+        self.watch.after("checkpoint", self.outcome.steps, len(self.steps.rows.arrays()))
+        self.saved_at = time.monotonic()
+
+    def _paused_since(self, began: float) -> None:
+        """Takes what was no step out of the speeds."""
+        seconds = time.perf_counter() - began
+        self.clock.paused(seconds)
+        self.progress.paused(seconds)

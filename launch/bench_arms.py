@@ -29,7 +29,7 @@ from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowTable
 from dlrm_xla.sizing import Budget
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 NUM_BATCHES = 8
 LEARNING_RATE = 0.01

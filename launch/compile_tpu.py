@@ -36,9 +36,9 @@ from tpu_steps import check_plan, compile_step, step_report
 from dlrm_xla import registry
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.errors import UserError
+from dlrm_xla.steps import check_batch
 from dlrm_xla.tpu import CHIPS, Chip, Slice, find_chip, find_slice
 from dlrm_xla.tpu_compile import check_cache, compiler_version
-from dlrm_xla.train import check_batch
 
 DOES_NOT_FIT = 3
 TERMINATED = 128 + signal.SIGTERM

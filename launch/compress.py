@@ -46,13 +46,15 @@ from dlrm_xla.config import Config, resolve
 from dlrm_xla.contract import innermost
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.guards import announce, warn
 from dlrm_xla.metrics import base_rate_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.row_optim import DTYPES
 from dlrm_xla.run_folder import COMPRESSING, RunFolder, check_out
+from dlrm_xla.steps import Steps
 from dlrm_xla.tensor_file import Section, TensorFile, opened, write
-from dlrm_xla.train import GraphWatch, Outcome, Steps
+from dlrm_xla.train import Outcome
 from dlrm_xla.trained_rows import TrainedRows
 
 _SCHEDULE = ("warmup_steps", "decay_start", "decay_steps")  # counts the run's steps; fine-tuning starts at 0

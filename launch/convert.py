@@ -20,7 +20,7 @@ from dlrm_xla.config import Config
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.run_folder import versions
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 # The script's own default.
 LEARNING_RATE = 0.01

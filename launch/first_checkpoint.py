@@ -18,10 +18,12 @@ from run_plan import make_tables
 from dlrm_xla import serving
 from dlrm_xla.config import Config
 from dlrm_xla.errors import UserError
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.guards import warn
 from dlrm_xla.metrics import click_metrics
 from dlrm_xla.run_folder import RunFolder, versions
-from dlrm_xla.train import GraphWatch, Outcome, Steps, predict
+from dlrm_xla.steps import Steps
+from dlrm_xla.train import Outcome, predict
 
 Scores = dict[str, dict[str, float]]
 

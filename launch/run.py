@@ -41,12 +41,14 @@ from dlrm_xla.checkpoint_folder import CheckpointFolder
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.guards import warn
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import ALONE, Ranks, among_several
 from dlrm_xla.run_folder import COMPRESSING, NoRunFolder, RunFolder, check_out, versions
-from dlrm_xla.train import GraphWatch, Outcome, Reports, Steps, check_batch, predict, train
+from dlrm_xla.steps import Steps, check_batch
+from dlrm_xla.train import Outcome, Reports, predict, train
 
 INTERRUPTED = 130
 

@@ -12,8 +12,10 @@ from run_plan import Plan
 
 from dlrm_xla import registry
 from dlrm_xla.config import Config
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.run_folder import commit, versions
-from dlrm_xla.train import GraphWatch, Outcome, Steps
+from dlrm_xla.steps import Steps
+from dlrm_xla.train import Outcome
 
 
 def make_report(

@@ -19,8 +19,8 @@ from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import on_meta
 from dlrm_xla.ranks import Ranks, agent_has_store, open_ranks
 from dlrm_xla.rows import RowTable
+from dlrm_xla.steps import row_settings
 from dlrm_xla.torchrec_plan import Shards, make_shards
-from dlrm_xla.train import row_settings
 from dlrm_xla.xla_device import job_of_hosts
 
 # Where data lies may differ from host to host; what is in it may not.

@@ -19,11 +19,13 @@ from dlrm_xla import checkpoint, serving
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.guards import announce, warn
 from dlrm_xla.metrics import base_rate_metrics
 from dlrm_xla.model import DLRM
 from dlrm_xla.run_folder import RunFolder, check_out, fresh_folder
-from dlrm_xla.train import GraphWatch, Outcome, Steps
+from dlrm_xla.steps import Steps
+from dlrm_xla.train import Outcome
 from dlrm_xla.whole_folder import whole_folder
 
 # Settings of the checkpoint's run that are of that run alone.

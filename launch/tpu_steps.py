@@ -28,9 +28,9 @@ from dlrm_xla.rows import RowStack
 from dlrm_xla.serving import model_settings
 from dlrm_xla.shapes import shapes_alone
 from dlrm_xla.step_cost import Cost, Table
+from dlrm_xla.steps import Steps
 from dlrm_xla.tpu import Chip, Slice, Touched, lower_bound, storage_bytes
 from dlrm_xla.tpu_compile import Compiled, compile_for
-from dlrm_xla.train import Steps
 
 # Criteo's and the synthetic rows', where there is no data.
 NUM_DENSE = 13

@@ -17,11 +17,13 @@ from dlrm_xla.config import resolve
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import export
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.guards import announce, warn
 from dlrm_xla.metrics import base_rate_metrics, check_scores, click_metrics
 from dlrm_xla.predictions import write_predictions
 from dlrm_xla.row_optim import DTYPES
-from dlrm_xla.train import GraphWatch, Steps, predict
+from dlrm_xla.steps import Steps
+from dlrm_xla.train import predict
 
 # Flags that leave the model as it is.
 _FOR_SCORES = {"out", "device", "data", "data_cache", "batch_size", "precision", "seed", "min_count", "synthetic_rows"}

@@ -20,7 +20,7 @@ from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 BATCH = 32
 # Neither divides by four chips, and the last is smaller than what a line of 128 lanes holds for each of them.

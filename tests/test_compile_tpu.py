@@ -27,8 +27,8 @@ from dlrm_xla.config import resolve
 from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.serving import model_settings
+from dlrm_xla.steps import Steps
 from dlrm_xla.tpu import CHIPS, lookup_seconds, storage_bytes
-from dlrm_xla.train import Steps
 
 needs_compiler = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("jax", "libtpu"))),

@@ -14,9 +14,10 @@ from dlrm_xla import registry
 from dlrm_xla.device import Counters
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
+from dlrm_xla.graph_watch import GraphWatch
 from dlrm_xla.guards import announce, doubts
 from dlrm_xla.metrics import click_metrics
-from dlrm_xla.train import GraphWatch, Steps
+from dlrm_xla.steps import Steps
 
 launcher = launch_script("run")
 SMALL = ["--synthetic-rows", "1400", "--batch-size", "128", "--min-count", "1"]

@@ -27,7 +27,7 @@ def compiled(request, tmp_path_factory):
     from dlrm_xla.contract import Table
     from dlrm_xla.model import DLRM
     from dlrm_xla.rows import RowTable
-    from dlrm_xla.train import Steps
+    from dlrm_xla.steps import Steps
     for number, name in enumerate({request.param}):
         for lanes in (0, 128):
             packed = dataclasses.replace(device, rows=dataclasses.replace(device.rows, lanes=lanes))

@@ -11,7 +11,7 @@ from dlrm_xla.contract import Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 
 def _to_reference(name: str) -> str:

@@ -15,7 +15,7 @@ from dlrm_xla.model import DLRM
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.row_store import placement_rule, row_builder
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 TABLES = [Table("a", 40, 16), Table("b", 20_000, 16), Table("c", 3000, 16)]
 

@@ -30,7 +30,7 @@ from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import Ranks
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 launcher = launch_script("run")
 SETTINGS = {

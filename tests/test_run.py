@@ -25,7 +25,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.metrics import base_rate_metrics, click_metrics
 from dlrm_xla.presets import PRESETS
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import learning_rate_factor
+from dlrm_xla.steps import learning_rate_factor
 
 launcher = launch_script("run")
 

@@ -14,7 +14,7 @@ from spmd_steps import make_steps
 
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
-from dlrm_xla.train import check_batch
+from dlrm_xla.steps import check_batch
 
 pytestmark = [needs_xla, pytest.mark.slow]  # a process of four devices
 

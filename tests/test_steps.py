@@ -17,7 +17,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 TABLES = [Table("a", 30, 8), Table("b", 2000, 8), Table("c", 500, 8)]
 BAGS = [1, 3, 2]

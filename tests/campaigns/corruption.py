@@ -27,7 +27,7 @@ from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.rows import RowTable
-from dlrm_xla.train import Steps
+from dlrm_xla.steps import Steps
 
 KINDS = ("bit", "header bit", "truncated", "appended", "zeros", "missing", "empty", "pickle")
 
