@@ -28,19 +28,24 @@ from dlrm_xla.row_store import RowStore, placement_rule
 from dlrm_xla.torchrec_plan import Shards
 from dlrm_xla.torchrec_rows import TorchrecRows
 
+# At a rate of 0 the Adam that torch has for graphs divides by it: a weight whose gradients were all 0 becomes NaN. So
+# small a share of a rate changes no float32 weight above 1e-8.
+_LEAST_FACTOR = 1e-12
+
 
 def learning_rate_factor(config: Config, step: int) -> float:
     """Share of the full learning rates at a step, counted from 0.
 
     Linear warm-up ((step + 1) / warmup_steps), then 1, then ((end - step) / decay_steps)^decay_power from
-    decay_start to end = decay_start + decay_steps, then 0. That of facebookresearch/dlrm's LRPolicyScheduler decays one
-    step earlier, keeps (warmup_steps - 1) / warmup_steps between the two, and goes on with the last rate that it had.
+    decay_start to end = decay_start + decay_steps, never below 1e-12, which is as good as none. That of
+    facebookresearch/dlrm's LRPolicyScheduler decays one step earlier, keeps (warmup_steps - 1) / warmup_steps between
+    the two, and goes on with the last rate that it had.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.decay_steps and step >= config.decay_start:
         left = max(0, config.decay_start + config.decay_steps - step)
-        return float((left / config.decay_steps) ** config.decay_power)
+        return max(_LEAST_FACTOR, float((left / config.decay_steps) ** config.decay_power))
     return 1.0
 
 
@@ -166,7 +171,17 @@ class Steps:
                     run.forget()
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
-        """Writes a checkpoint of everything that the next step depends on."""
+        """Writes a checkpoint of everything that the next step depends on; a UserError where a parameter is not finite.
+
+        ``check_finite`` knows of the gradients, so not of what the last step has made of the parameters.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.detach().cpu().isfinite().all():
+                step = int(self.rows.steps_done.cpu())
+                raise UserError(
+                    f"the parameter {name} is not finite after step {step}. Lower --dense-lr or --row-lr; checkpoints "
+                    "saved before it are kept."
+                )
         states = {f"random.{name}": get() for name, (get, _) in self.device.random_states.items()}
         run = {**states, "loss_and_count": self.loss_and_count}
         checkpoint.save(path, self.model, self.dense, self.rows, about, run)

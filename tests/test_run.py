@@ -313,7 +313,8 @@ def test_metrics_equal_scikit_learn_and_a_constant_is_the_base_rate():
 def test_learning_rate_schedule():
     config = Config(warmup_steps=4, decay_start=10, decay_steps=10, decay_power=2.0)
     factors = [learning_rate_factor(config, step) for step in (0, 3, 4, 10, 15, 20, 99)]
-    assert factors == [0.25, 1.0, 1.0, 1.0, 0.25, 0.0, 0.0]
+    assert factors == [0.25, 1.0, 1.0, 1.0, 0.25, 1e-12, 1e-12]
+    assert learning_rate_factor(dataclasses.replace(config, decay_power=400.0), 19) == 1e-12
 
 
 def test_a_decay_that_leaves_steps_without_a_rate_is_told(tmp_path, capsys):

@@ -95,6 +95,35 @@ def test_accumulated_parts_of_a_batch_make_the_step_of_the_whole(device, spec):
 
 
 @pytest.mark.parametrize("device", EVERY_DEVICE)
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
+def test_steps_after_the_end_of_a_decay_leave_the_model_as_it_is(device, optimizer):
+    row_optimizer = "adam" if optimizer == "adam" else "sgd"
+    steps = _steps(device, dense_optimizer=optimizer, row_optimizer=row_optimizer, decay_steps=2)
+    batch = _batch(0)
+    batch.dense_BI[:, 0] = 0  # there are weights then whose gradients are all 0
+    for step in range(2):
+        steps.train(batch, step)
+    before = _everything(steps)
+    for step in range(2, 5):
+        steps.train(batch, step)
+    after = _everything(steps)
+    for name, was in before.items():
+        torch.testing.assert_close(after[name], was, rtol=0, atol=1e-9, msg=name)
+
+
+def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path):
+    steps, path = _steps("cpu"), tmp_path / "last.safetensors"
+    steps.train(_batch(0), 0)
+    steps.save(path, {"step": 1})
+    with torch.no_grad():
+        steps.model.bottom[0].weight[0, 0] = float("inf")
+    steps.check_finite()  # what the next step would find
+    with pytest.raises(UserError, match=r"the parameter bottom\.0\.weight is not finite after step 1"):
+        steps.save(path, {"step": 2})
+    assert checkpoint.read_about(path)["step"] == 1
+
+
+@pytest.mark.parametrize("device", EVERY_DEVICE)
 @pytest.mark.parametrize("spec", ["exact", "hash_rows:rows=100+random_projection:dim=2"])
 def test_a_checkpoint_gives_back_the_same_predictions_anywhere(device, spec, tmp_path):
     steps = _steps(device, _model(spec), row_optimizer="adam", placement={"a": "dense", "c": "matmul"})
