@@ -12,11 +12,19 @@ from torch import Tensor
 from dlrm_xla.host import on_host
 
 OPTIMIZERS = ("sgd", "adagrad")
+# In fbgemm-gpu-cpu 1.4.2 row-wise Adagrad counts the bytes before a row in 32 bits: beyond them it updates one of the
+# table's first rows instead. SGD and Adagrad per element find every row.
+_ADAGRAD_BYTES = 2**32
 
 
 def installed() -> bool:
     """Whether FBGEMM is there to be imported."""
     return importlib.util.find_spec("fbgemm_gpu") is not None
+
+
+def finds_rows(num_bytes: int, optimizer: str) -> bool:
+    """Whether its kernels for the CPU update the right rows of a float32 table of so many bytes."""
+    return optimizer != "adagrad" or num_bytes <= _ADAGRAD_BYTES
 
 
 class FbgemmRows:
@@ -55,8 +63,12 @@ class FbgemmRows:
 
     @staticmethod
     def takes(rows: Tensor, optimizer: str, weight_decay: float) -> bool:
-        """Whether it has kernels for this: float32 on the CPU, widths in fours, SGD or Adagrad by row, no decay."""
+        """Whether it has kernels for this: float32 on the CPU, widths in fours, SGD or Adagrad by row, no decay.
+
+        Adagrad up to 4 GiB of rows, see `finds_rows`.
+        """
         plain = rows.dtype == torch.float32 and on_host(rows) and rows.shape[1] % 4 == 0
+        plain = plain and finds_rows(rows.shape[0] * rows.shape[1] * 4, optimizer)
         return plain and optimizer in OPTIMIZERS and not weight_decay
 
     def look_up(self, ids_N: Tensor, ends_G: Tensor) -> Tensor:

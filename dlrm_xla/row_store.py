@@ -90,8 +90,8 @@ class RowStore(HasHostRate):
         if kernels == "fbgemm" and not any(stack.fbgemm is not None for stack in self.stacks):
             raise UserError(
                 "row_kernels: fbgemm takes none of these tables: it is for sparse float32 rows, their width a multiple "
-                "of 4, on --device cpu, with SGD or row-wise Adagrad in float32 and no weight decay. Leave it out; on "
-                "several ranks TorchRec brings FBGEMM's kernels, on cuda too."
+                "of 4, on --device cpu, with SGD, or row-wise Adagrad up to 4 GiB, in float32 and no weight decay. "
+                "Leave it out; on several ranks TorchRec brings FBGEMM's kernels, on cuda too."
             )
         self._finite = FiniteWatch("table", len(members), device)
 

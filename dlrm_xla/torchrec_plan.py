@@ -15,6 +15,7 @@ import torch
 from dlrm_xla.config import SHARDINGS
 from dlrm_xla.contract import Table
 from dlrm_xla.errors import UserError, choices
+from dlrm_xla.fbgemm_rows import finds_rows
 from dlrm_xla.row_rules import RULES, RowSettings
 
 
@@ -198,6 +199,13 @@ def make_shards(
             for shard in spec.shards:
                 rank = shard.placement.rank()
                 part = Table(table.name, *(max(1, n) for n in shard.shard_sizes))
+                if kind == "cpu" and not finds_rows(4 * part.num_rows * part.dim, settings.name):
+                    raise UserError(
+                        f"table {table.name}: rank {rank} would have {4 * part.num_rows * part.dim:,} bytes of it, and "
+                        "FBGEMM's row-wise Adagrad on the CPU updates wrong rows beyond 4 GiB. Take sharding: "
+                        f"{{{table.name}: row_wise}} in --config, more ranks, or --row-optimizer sgd or "
+                        "adagrad_element."
+                    )
                 each[rank] = each.get(rank, 0) + (table_bytes(part, settings) if min(shard.shard_sizes) else 0)
         pieces.append(each)
     return Shards(plan, tables, kinds, pieces, memory)

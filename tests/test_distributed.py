@@ -354,6 +354,11 @@ def test_a_plan_that_fits_nowhere_says_what_it_was_given():
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adam"), {"small": "data_parallel"})
     with pytest.raises(UserError, match="did you mean 'row_wise'"):
         make_shards(tables, [1, 1], 512, 2, "cpu", 1e9, RowSettings("adagrad"), {"large": "row_wse"})
+    huge = [Table("small", 100, 16), Table("huge", 80_000_000, 16)]
+    with pytest.raises(UserError, match=r"table huge: rank \d would have 5,120,000,000 bytes of it"):
+        make_shards(huge, [1, 1], 512, 2, "cpu", 1e11, RowSettings("adagrad"), {"huge": "table_wise"})
+    assert make_shards(huge, [1, 1], 512, 2, "cpu", 1e11, RowSettings("sgd"), {"huge": "table_wise"}).kinds
+    assert make_shards(huge, [1, 1], 512, 2, "cpu", 1e11, RowSettings("adagrad"), {"huge": "row_wise"}).kinds
 
 
 @pytest.mark.slow

@@ -662,6 +662,32 @@ def test_fbgemm_trains_the_same_arrays_to_the_same_numbers(name):
         np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rows", "taken"),
+    [
+        ("adagrad", 2**26, True),
+        ("adagrad", 2**26 + 1, False),
+        ("sgd", 2**26 + 1, True),
+    ],
+)
+def test_fbgemm_takes_no_rows_that_its_adagrad_does_not_find(optimizer, rows, taken):
+    array = torch.empty(1).expand(rows, 16)  # of no bytes
+    assert fbgemm_rows.FbgemmRows.takes(array, optimizer, 0.0) == taken
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fbgemm_rows.installed(), reason="fbgemm is not installed (extra: distributed)")
+def test_fbgemm_finds_rows_beyond_4_gib_with_sgd():
+    """Of zeros that nobody reads, so that next to nothing of them is in memory."""
+    num_rows, dim = 70_000_000, 16
+    rows = torch.from_numpy(np.zeros((num_rows, dim), np.float32))
+    bags = fbgemm_rows.FbgemmRows(rows, [], "sgd", 1e-8, 1.0)
+    ids_N = torch.tensor([0, 2**26 - 1, 2**26 + 1, num_rows - 1])
+    bags.update(bags.look_up(ids_N, torch.arange(5)), torch.ones(4, dim))
+    assert (rows[ids_N] == -1).all()
+    assert (rows[[1, num_rows - 1 - 2**26]] == 0).all()
+
+
 @pytest.mark.skipif(not fbgemm_rows.installed(), reason="fbgemm is not installed (extra: distributed)")
 @pytest.mark.parametrize(("optimizer", "decay", "dim"), [("adam", 0.0, 8), ("sgd", 0.1, 8), ("sgd", 0.0, 6)])
 def test_fbgemm_that_was_asked_for_is_not_left_out_in_silence(optimizer, decay, dim):
