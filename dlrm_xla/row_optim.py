@@ -84,7 +84,8 @@ def round_stochastically(values: Tensor, keys: Tensor, device: Device) -> Tensor
     """float32 -> bfloat16, up or down with probabilities that make the mean exact.
 
     A random number below 2^16 is added to the 32 bits, whose lower half is then cut off. It is a hash of ``keys``
-    (int32, broadcast over the last dimension), so every device rounds alike and a resumed run goes on alike.
+    (int32, broadcast over the last dimension), so a resumed run goes on alike. Keys come of a row's place in its array:
+    two devices round alike where the same tables lie together in one array, see `near_bytes` and `placement`.
 
     Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 2.
     """

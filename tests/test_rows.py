@@ -387,6 +387,31 @@ def test_bf16_tables_follow_updates_smaller_than_their_precision(device):
     assert (start - rows.float()).mean().item() == pytest.approx(0.02, rel=0.05)
 
 
+@needs_xla
+def test_rows_of_bf16_in_lines_are_what_was_written():
+    """Every pair of a bfloat16 number before and one after it, up to a power of two that both have."""
+    from dlrm_xla import xla_rows
+
+    device = open_device("xla")
+    mantissas = torch.arange(128) / 128 + 1
+    before = torch.cat([mantissas, -mantissas, torch.zeros(1)])
+    after = torch.cat([mantissas * 2.0**k for k in range(-20, 21)] + [torch.zeros(1)])
+    pairs_N2 = torch.cartesian_prod(before, after)
+    dim, pack = 48, 2
+    pairs_N2 = pairs_N2[: len(pairs_N2) // dim * dim]
+    old, new = (part.reshape(-1, dim) for part in pairs_N2.unbind(1))
+    rows = torch.randperm(len(old), generator=torch.Generator().manual_seed(0)).int()  # of the array, in another order
+    held = torch.zeros(len(old) + len(old) % pack, dim)
+    held[rows.long()] = old
+    array = torch.nn.functional.pad(held.view(-1, pack * dim), (0, 128 - pack * dim)).bfloat16()
+    kept = len(old) // 3  # that nothing is written to
+    on_device = array.to(device.torch_device)
+    xla_rows.scatter(on_device, rows[kept:].to(device.torch_device), new[kept:].to(device.torch_device), add=False)
+    found = on_device.cpu()[:, : pack * dim].reshape(-1, dim)[rows.long()].float()
+    assert torch.equal(found[kept:], new[kept:])
+    assert torch.equal(found[:kept], old[:kept])
+
+
 @pytest.mark.parametrize("name", ["adagrad", "adagrad_element", "adam"])
 @pytest.mark.parametrize("device", EVERY_DEVICE)
 def test_bf16_state_stays_near_the_dense_twin(device, name):
