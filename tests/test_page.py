@@ -88,7 +88,26 @@ def test_a_method_without_seeds_in_common_with_the_choice_is_not_told_from_it():
     last = choice.choices(runs, statistics.summary(runs))[-1]
     assert last["choice"]["plugin"] == "hash_rows"
     assert ([row["plugin"] for row in last["not_compared"]], last["worse"], last["equals"]) == (["top_rows"], 1, [])
-    assert "with too few seeds in common: <code>top_rows 1000x</code>" in page.html(runs, "few")
+    assert "not compared, for want of seeds: <code>top_rows 1000x</code>" in page.html(runs, "few")
+
+
+def test_a_method_that_lacks_a_seed_is_no_choice_for_the_seeds_that_it_has():
+    runs = runs_of(["hash_rows", "robe", "top_rows"], noise=0.00001)
+    runs["auc"] += 0.01 * runs["seed"]  # seed 0 is the hardest
+    partly = runs[~((runs["plugin"] == "top_rows") & (runs["seed"] == 0))]
+    last = choice.choices(partly, statistics.summary(partly))[-1]
+    assert (last["choice"]["plugin"], last["worse"]) == ("hash_rows", 1)
+    assert [row["plugin"] for row in last["not_compared"]] == ["top_rows"]
+    more = runs[(runs["plugin"] == "robe") | (runs["seed"] > 0)]
+    last = choice.choices(more, statistics.summary(more))[-1]
+    assert (last["choice"]["plugin"], last["worse"], last["not_compared"]) == ("hash_rows", 2, [])
+
+
+def test_exact_tables_of_one_seed_are_no_reference_beside_those_of_all():
+    runs = runs_of(["hash_rows"])
+    other = runs[(runs["plugin"] == "exact") & (runs["seed"] == 0)].assign(row_lr=0.1, validation_log_loss=0.4)
+    found = statistics.summary(pd.concat([runs, other], ignore_index=True))
+    assert set(found[found["plugin"] == "hash_rows"]["auc_change_seeds"]) == {3}
 
 
 def test_each_method_has_a_trial_that_was_taken():
@@ -167,6 +186,8 @@ def test_of_two_methods_none_is_chosen():
     for plugins, ranked in ((["hash_rows", "robe"], False), (["hash_rows", "robe", "top_rows"], True)):
         runs = runs_of(plugins)
         assert bool(choice.choices(runs, statistics.summary(runs))) == ranked
+    few = runs[(runs["ratio"] < 1000) | (runs["plugin"] == "robe")]
+    assert [d["size"] for d in choice.choices(few, statistics.summary(few))] == [10, 100]
 
 
 def test_mixed_versions_are_warned_of():

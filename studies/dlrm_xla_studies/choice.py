@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from dlrm_xla_studies.statistics import EXACT, Interval, compare
+from dlrm_xla_studies.statistics import EXACT, Interval, by_seed, interval
 
 # Seeds below which no interval is worth a word.
 LEAST_SEEDS = 2
@@ -20,24 +21,25 @@ _NEARLY = 0.98
 def choices(runs: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
     """For each dataset, device and size: the choice, its change against exact tables, and its equals.
 
-    Equals are methods whose paired difference to the choice has zero within its confidence interval. Methods that have
-    fewer seeds in common with it than a difference takes are not compared. Methods of a single seed are in no ranking,
-    and a device on which too few methods ran has none.
+    Methods are compared on one set of seeds, that which takes in the most runs; those that lack one of it are not
+    compared. Equals are methods whose paired difference to the choice has zero within its confidence interval. Methods
+    of a single seed are in no ranking, and a size that too few methods reach has none.
     """
     rows = []
     for (data, device), here in found.groupby(["data", "device"], sort=False):
         able = here[(here["plugin"] != EXACT) & (here["seeds"] >= LEAST_SEEDS)]
-        if able["plugin"].nunique() < LEAST_METHODS:
-            continue
+        aucs = {k: by_seed(runs, row)["auc"] for k, row in able.iterrows()}
         for size in SIZES:
             group = able[able["compression_ratio"] >= _NEARLY * size]
             # A method that shrinks more than asked is compared at every size that it reaches.
-            if group.empty:
+            if group["plugin"].nunique() < LEAST_METHODS:
                 continue
-            best = group.loc[group["auc_mean"].idxmax()]
-            others = [(row, compare(runs, best, row)) for k, row in group.iterrows() if k != best.name]
-            compared = [(row, gap) for row, gap in others if gap.n >= LEAST_SEEDS]
-            equals = [row for row, gap in compared if not gap.apart]
+            seeds = _shared_seeds([frozenset(aucs[k].index) for k in group.index])
+            compared = group[[seeds <= set(aucs[k].index) for k in group.index]]
+            values = {k: aucs[k][sorted(seeds)] for k in compared.index}
+            best = group.loc[max(values, key=lambda k: values[k].mean())]
+            gaps = {k: interval((values[best.name] - values[k]).tolist()) for k in values if k != best.name}
+            equals = [group.loc[k] for k, gap in gaps.items() if not gap.apart]
             fastest = max([best, *equals], key=lambda row: row["samples_per_second"])
             leanest = min([best, *equals], key=lambda row: row["training_bytes"])
             smallest = min([best, *equals], key=lambda row: row["embedding_bytes"])
@@ -49,14 +51,19 @@ def choices(runs: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
                     "choice": best,
                     "change": change(best),
                     "equals": sorted(equals, key=lambda row: -row["auc_mean"]),
-                    "worse": len(compared) - len(equals),
-                    "not_compared": [row for row, gap in others if gap.n < LEAST_SEEDS],
+                    "worse": len(gaps) - len(equals),
+                    "not_compared": [row for k, row in group.iterrows() if k not in values],
                     "fastest": fastest,
                     "leanest": leanest,
                     "smallest": smallest,
                 }
             )
     return rows
+
+
+def _shared_seeds(each: Sequence[frozenset[int]]) -> frozenset[int]:
+    """Of these sets of seeds that which the most runs are of."""
+    return max(dict.fromkeys(each), key=lambda seeds: len(seeds) * sum(seeds <= other for other in each))
 
 
 def change(row: pd.Series, metric: str = "auc") -> Interval:

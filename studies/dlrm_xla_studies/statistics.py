@@ -124,9 +124,9 @@ def _key(group: pd.DataFrame, own: Sequence[str]) -> Hashable:
 
 
 def _best_exact(group: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Of exact tables trained at several rates, those with the lowest mean validation log loss, by seed."""
+    """Of exact tables at several rates those of most seeds, then lowest mean validation log loss, by seed."""
     each = [one for _, one in group.groupby(list(keys), sort=False)]
-    return min(each, key=lambda one: one["validation_log_loss"].mean()).set_index("seed")
+    return min(each, key=lambda one: (-len(one), one["validation_log_loss"].mean())).set_index("seed")
 
 
 def _figures(group: pd.DataFrame) -> dict[str, Any]:
@@ -153,11 +153,12 @@ def _changes(group: pd.DataFrame, exact: pd.DataFrame | None) -> dict[str, Any]:
 
 def compare(runs: pd.DataFrame, first: pd.Series, second: pd.Series, metric: str = "auc") -> Interval:
     """The paired difference of two rows of a summary, first minus second."""
-    one, other = (_seeds(runs, row)[metric] for row in (first, second))
+    one, other = (by_seed(runs, row)[metric] for row in (first, second))
     return interval([one[s] - other[s] for s in one.index if s in other.index])
 
 
-def _seeds(runs: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
+def by_seed(runs: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
+    """The runs of a row of a summary."""
     keys = _present(runs, SETTING)
     plain = runs[keys].astype(object).where(runs[keys].notna(), "")
     chosen = (plain == pd.Series({key: row[key] for key in keys})).all(axis=1)
