@@ -176,10 +176,13 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: cannot read its report or config: {error}") from error
     for name, read in (("report.json", report), ("config.yaml", settings)):
-        if not isinstance(read, dict):
+        if not isinstance(read, dict) or not read:
             raise UserError(f"{folder / name} is damaged: it holds no names with values. Run it again.")
     plain = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in settings.items()}
-    trained = sum(t["padded"] + t["optimizer"] + t["gradient"] for t in report.get("tables", []))
+    try:
+        trained = sum(t["padded"] + t["optimizer"] + t["gradient"] for t in report.get("tables", []))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'report.json'} is damaged: its tables lack bytes. Run it again.") from error
     return report, plain, trained
 
 

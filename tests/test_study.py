@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from dlrm_xla_studies import conduct, feasible, figures, grid, results, runner
 from dlrm_xla_studies.feasible import Forecast
 from dlrm_xla_studies.progress import Estimate
 from dlrm_xla_studies.results import TIMES
-from dlrm_xla_studies.runner import FINISHED, Runner, Stopped, folder_of, state_of
+from dlrm_xla_studies.runner import DAMAGED, FINISHED, Runner, Stopped, folder_of, state_of
 from dlrm_xla_studies.spec import read_study
 from dlrm_xla_studies.stages import Stages
 from dlrm_xla_studies.tuning import tune
+from dlrm_xla_studies.workers import Workers
 
 from dlrm_xla.errors import UserError
 
@@ -312,7 +314,17 @@ def test_tuning_is_found_again_where_other_ratios_can_run_by_now(finished):
     assert [cell.id for cell in stages.known.values()] == [cell.id for cell in known]
 
 
-@pytest.mark.parametrize(("file", "text"), [("config.yaml", ""), ("config.yaml", "[]"), ("report.json", "[]")])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.yaml", ""),
+        ("config.yaml", "[]"),
+        ("report.json", "[]"),
+        ("report.json", "{}"),
+        ("report.json", '{"auc": "abc"}'),
+        ("report.json", '{"tables": [1]}'),
+    ],
+)
 def test_a_damaged_cell_is_named_and_the_others_get_their_page(finished, capsys, file, text):
     path, out, known = finished
     bad = known[0]
@@ -325,6 +337,55 @@ def test_a_damaged_cell_is_named_and_the_others_get_their_page(finished, capsys,
     assert (out / "report.html").exists()
     command = Runner(out, None, 1, 1, 1e9, None)._prepare(bad, folder_of(out, bad))
     assert ("--resume" in command) == (file == "report.json")  # no settings, no way to go on
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"status": "finished", "seconds": "x", "attempts": 1}'])
+def test_a_damaged_state_loses_no_run_that_has_finished(finished, text):
+    _, out, known = finished
+    (folder_of(out, known[0]) / "state.json").write_text(text)
+    assert state_of(out, known[0]) == {"status": FINISHED, "seconds": 0.0, "attempts": 0}
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "whole"),
+    [
+        ("compile", '{"estimated_ms": null}', True),
+        ("compile", "{}", False),
+        ("bench", '[{"name": "a", "ms_median": 2}]', True),
+        ("bench", '[{"name": "a"}]', False),
+        ("bench", "[3]", False),
+    ],
+)
+def test_a_report_of_the_wrong_form_is_damaged(tmp_path, tool, text, whole):
+    cell = grid.Cell(tool, {"plugin": "exact"})
+    folder = folder_of(tmp_path, cell)
+    folder.mkdir(parents=True)
+    cell.report(folder).write_text(text)
+    (folder / "state.json").write_text(json.dumps({"status": FINISHED, "seconds": 1.0, "attempts": 1}))
+    assert state_of(tmp_path, cell)["status"] == (FINISHED if whole else DAMAGED)
+
+
+def test_the_start_of_a_worker_is_no_part_of_a_call(tmp_path):
+    answers = json.dumps({"pid": 999_999_999}) + "\n" + json.dumps({"code": 3})
+    (tmp_path / "study_worker.py").write_text(
+        f"import time\ntime.sleep(0.5)\ninput()\nprint({answers!r}, flush=True)\n"
+    )
+    with Workers(tmp_path, 1, 1) as workers:
+        code, seconds = workers.call("run", [], tmp_path / "log.txt")
+    assert code == 3
+    assert seconds < 0.4
+
+
+def test_trials_that_have_ended_are_not_to_run(finished, capsys, monkeypatch):
+    path, out, known = finished
+    monkeypatch.setattr(feasible, "_planned", lambda cells, workers: [{"memory": 5.0} for _ in cells])
+    Path("rows.tsv").touch()
+    asked = [str(path), "--out", str(out), "--dry-run"]
+    launch_script("study").main(asked)
+    assert "8 cells, 0 to run, 0 tuning trials" in capsys.readouterr().out
+    shutil.rmtree(folder_of(out, [cell for cell in known if cell.trial][-1]))
+    launch_script("study").main(asked)
+    assert "1 tuning trials" in capsys.readouterr().out
 
 
 def test_a_damaged_cache_of_plans_is_made_anew(tmp_path, monkeypatch):

@@ -71,8 +71,6 @@ def _run(
 ) -> bool:
     """Whether it was stopped."""
     ended = {FINISHED} if wishes.retry_failed else {FINISHED, FAILED}
-    trials = [cell for cell in stages.known.values() if cell.trial]
-    tried = sum(state_of(out, cell)["status"] in ended for cell in trials)
     settled = [cell for cell in stages.known.values() if not cell.trial]
     waiting = [cell for cell in settled if state_of(out, cell)["status"] not in ended]
     for cell in stages.known.values():
@@ -80,7 +78,7 @@ def _run(
             print(f"damaged: {cell.title}: {state['error']} It runs again now.")
     total = len(settled) + len(stages.untuned())
     print(f"{len(settled) - len(waiting)} of {total} cells have ended already")
-    progress = Progress(estimate, stages, waiting, len(stages.trial_places()) - tried, slots)
+    progress = Progress(estimate, stages, waiting, stages.trials_left(ended), slots)
     runner = Runner(
         out, workers, wishes.cores, study.threads, study.memory, lambda c, s: progress.done(c, s, results.told(out, c)),
         wishes.retry_failed,
@@ -147,7 +145,7 @@ def _print_grid(
             f"{minutes(estimate.seconds(cell, forecast)):>8}  {states[cell.id]['status']}"
         )
     left = [cell for cell in cells if states[cell.id]["status"] not in (FINISHED, FAILED)]
-    trials = stages.trial_places()
+    trials = stages.trials_left()
     learned = any(state["status"] == FINISHED for state in states.values())
     basis = "by the cells that have finished" if learned else "a first guess, until cells have finished"
     total = estimate.total([*left, *trials], stages.forecasts, slots)

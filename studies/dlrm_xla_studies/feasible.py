@@ -93,6 +93,6 @@ def _planned(cells: Sequence[Cell], workers: Workers) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         asked, answers, log = (Path(name) / part for part in ("cells.json", "plans", "log.txt"))
         asked.write_text(json.dumps([[cell.tool, dict(cell.settings)] for cell in cells]))
-        if workers.call("study_plans", [str(asked), str(answers)], log):
+        if workers.call("study_plans", [str(asked), str(answers)], log)[0]:
             raise RuntimeError(f"planning failed:\n{log.read_text()}")
         return [json.loads(line) for line in answers.read_text().splitlines()]

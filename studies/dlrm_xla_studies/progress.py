@@ -64,15 +64,17 @@ def _keys(cell: Cell) -> list[tuple[str, ...]]:
 class Progress:
     """Counts cells down on standard error; thread-safe."""
 
-    def __init__(self, estimate: Estimate, stages: Stages, waiting: Sequence[Cell], trials: int, slots: int) -> None:
+    def __init__(
+        self, estimate: Estimate, stages: Stages, waiting: Sequence[Cell], trials: Sequence[Cell], slots: int
+    ) -> None:
         self.estimate, self.stages, self.slots = estimate, stages, slots
         self.waiting = {cell.id: cell for cell in waiting}
         # Trials and cells whose settings are not known yet.
-        self.trials = stages.trial_places()[:trials]
+        self.trials = list(trials)
         self.untuned = stages.untuned()
         self._lock = threading.Lock()
         self._bar = tqdm(
-            total=len(waiting) + trials + len(self.untuned),
+            total=len(waiting) + len(trials) + len(self.untuned),
             unit="run",
             file=sys.stderr,
             bar_format="{n_fmt} of {total_fmt} |{bar:20}| {elapsed} so far{postfix}",
@@ -90,7 +92,8 @@ class Progress:
             if state["status"] == "finished":
                 self.estimate.learn(cell, self.stages.forecasts[cell.id], state["seconds"])
             self._bar.n += 1
-            what = figures if state["status"] == "finished" else f"{state['status']}: {state.get('error', '')}"
+            why = ": ".join(filter(None, (state["status"], state.get("error"))))
+            what = figures if state["status"] == "finished" else why
             trial = "trial: " if cell.trial else ""
             took = minutes(state["seconds"]) if state["seconds"] else "in a call of a study that was killed"
             tqdm.write(f"{trial}{cell.title:<58} {what}  ({took})", file=sys.stdout)

@@ -139,7 +139,8 @@ def told(out: Path, cell: Cell) -> str:
     if report is None:
         return ""
     if cell.tool == "run":
-        return f"AUC {report['auc']:.4f}, log loss {report['log_loss']:.4f}, {report['embedding_bytes']:,} bytes"
+        auc, loss = ("none" if v is None else f"{v:.4f}" for v in (report["auc"], report["log_loss"]))
+        return f"AUC {auc}, log loss {loss}, {report['embedding_bytes']:,} bytes"
     if cell.tool == "compile":
         estimated = report["estimated_ms"]
         return f"{estimated:.3f} ms estimated" if estimated is not None else "no estimate"

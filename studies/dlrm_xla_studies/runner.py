@@ -27,10 +27,18 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.feasible import Forecast
 from dlrm_xla_studies.grid import Cell
+from dlrm_xla_studies.spec import Tool
 from dlrm_xla_studies.workers import Workers
 
 FINISHED, FAILED, INTERRUPTED, WAITING, DAMAGED = "finished", "failed", "interrupted", "waiting", "damaged"
 RUNNING = "running"
+# Figures of a report without which there is no row of results; null where one does not exist.
+_NUMBERS: Mapping[Tool, tuple[str, ...]] = {
+    "run": ("auc", "log_loss", "validation_log_loss", "embedding_bytes", "compression_ratio", "steps",
+            "step_ms_median", "train_samples_per_second", "tables_with_plugin", "seed", "batch_size"),
+    "compile": ("estimated_ms",),
+    "bench": ("ms_median",),
+}  # fmt: skip
 
 
 class Stopped(Exception):
@@ -48,9 +56,24 @@ def whole_report(cell: Cell, folder: Path) -> Any:
         report = json.loads(cell.report(folder).read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(report, list if cell.tool == "bench" else dict):
+    if _wrong(cell.tool, report):
         return None
     return None if isinstance(report, dict) and report.get("interrupted") else report
+
+
+def _wrong(tool: Tool, report: Any) -> str:
+    """What is not as in a report of this tool; '' where nothing is."""
+    if tool == "bench" and not isinstance(report, list):
+        return "it is no list"
+    for row in report if tool == "bench" else [report]:
+        if not isinstance(row, dict):
+            return "it holds no names with values"
+        for name in _NUMBERS[tool]:
+            if not isinstance(row.get(name, ""), int | float | None):
+                return f"{name} is {row.get(name)!r}"
+        if tool == "run" and not isinstance(row.get("plugin"), str):
+            return f"plugin is {row.get('plugin')!r}"
+    return ""
 
 
 def state_of(study: Path, cell: Cell) -> dict[str, Any]:
@@ -58,7 +81,8 @@ def state_of(study: Path, cell: Cell) -> dict[str, Any]:
     folder = folder_of(study, cell)
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError):
+        state |= {"seconds": float(state["seconds"]), "attempts": int(state["attempts"]), "status": state["status"]}
+    except (OSError, ValueError, TypeError, KeyError):
         state = {"status": INTERRUPTED if (folder / "run").exists() else WAITING, "seconds": 0.0, "attempts": 0}
     # bench.py writes its report row by row: only its exit says that it is whole.
     ended = cell.tool == "run" or state["status"] == FINISHED
@@ -75,7 +99,7 @@ def _damage(cell: Cell, folder: Path) -> str:
     """Why what a cell ended with cannot be read, '' where it can. It is written in one piece: no kill leaves it so."""
     report = cell.report(folder)
     if cell.tool != "run":
-        return f"{report} is damaged" if whole_report(cell, folder) is None else ""
+        return f"{report} is damaged." if whole_report(cell, folder) is None else ""
     files = (report, report.with_name("config.yaml"))
     return _damage_of_run(report.parent, tuple(file.stat().st_mtime_ns for file in files if file.exists()))
 
@@ -84,10 +108,11 @@ def _damage(cell: Cell, folder: Path) -> str:
 def _damage_of_run(folder: Path, changed: tuple[int, ...]) -> str:
     """The same of a run, read once for each time that it changed: YAML takes 10 ms."""
     try:
-        read_finished(folder)
+        report = read_finished(folder)[0]
     except UserError as error:
         return str(error)
-    return ""
+    wrong = _wrong("run", report)
+    return f"{folder / 'report.json'} is damaged: {wrong}." if wrong else ""
 
 
 @dataclass(frozen=True)
@@ -183,10 +208,8 @@ class Runner:
         script, *arguments = self._prepare(cell, folder)
         attempts = state["attempts"] + 1
         self._write(folder, {"status": RUNNING, "seconds": state["seconds"], "attempts": attempts})
-        began = time.monotonic()
-        code = self.workers.call(Path(script).stem, arguments, folder / "log.txt", lock)
-        seconds = state["seconds"] + time.monotonic() - began
-        state = {"seconds": seconds, "attempts": attempts} | self._ending(cell, folder, code)
+        code, took = self.workers.call(Path(script).stem, arguments, folder / "log.txt", lock)
+        state = {"seconds": state["seconds"] + took, "attempts": attempts} | self._ending(cell, folder, code)
         self._write(folder, state)
         return state
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,13 @@ class Stages:
         self.cells = [cell for cell in cells if not self.forecasts[cell.id].reason or self._has_finished(cell)]
         self._settle()
 
-    def trial_places(self) -> list[Cell]:
-        """A stand-in for each trial, to estimate by."""
-        tuning = self.study.tuning
-        return [place for place in self.places.values() for _ in range(tuning.trials if tuning else 0)]
+    def trials_left(self, ended: Collection[str] = (FINISHED, FAILED)) -> list[Cell]:
+        """A stand-in for each trial that is in none of these states, to estimate by."""
+        tried = Counter(
+            cell.trial for cell in self.known.values() if cell.trial and state_of(self.out, cell)["status"] in ended
+        )
+        trials = self.study.tuning.trials if self.study.tuning else 0
+        return [place for method, place in self.places.items() for _ in range(trials - tried[method])]
 
     def settled(self, cell: Cell) -> Cell | None:
         """A cell of the grid with what tuning found for it; None before it did."""

@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,8 +39,8 @@ class Workers:
             worker.wait()
             _pipe(worker.stdout).close()
 
-    def call(self, script: str, arguments: Sequence[str], log: Path, lock: Path | None = None) -> int:
-        """Runs a script to its end and returns its exit code, negative for a signal."""
+    def call(self, script: str, arguments: Sequence[str], log: Path, lock: Path | None = None) -> tuple[int, float]:
+        """Runs a script to its end; its exit code, negative for a signal, and the seconds that it took itself."""
         worker = self._free.get()
         try:
             if worker is None or worker.poll() is not None:
@@ -57,16 +58,17 @@ class Workers:
                 _pipe(worker.stdin).write(json.dumps(job) + "\n")
                 _pipe(worker.stdin).flush()
             except BrokenPipeError:
-                return -signal.SIGKILL
+                return -signal.SIGKILL, 0.0
             pid = _answer(worker).get("pid")
             if pid is None:
-                return -signal.SIGKILL
+                return -signal.SIGKILL, 0.0
+            began = time.monotonic()  # the worker's imports are over
             self._calls.add(pid)
             if self.stopping:  # asked between the job and its process
                 os.kill(pid, signal.SIGINT)
             code: int = _answer(worker).get("code", -signal.SIGKILL)
             self._calls.discard(pid)
-            return code
+            return code, time.monotonic() - began
         finally:
             self._free.put(worker)
 
