@@ -6,6 +6,7 @@ Flags win over the configuration file, the file over the preset, the preset over
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Mapping
@@ -154,8 +155,8 @@ _NOT_NEGATIVE = (
 )
 
 
-def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[str, str]]:
-    """The configuration and, for each setting, its origin: default, preset NAME, the file's name, or flag."""
+def resolve(flags: Mapping[str, Any], file: Path | None, source: str = "flag") -> tuple[Config, dict[str, str]]:
+    """The configuration and, for each setting, its origin: default, preset NAME, the file's name, or ``source``."""
     from_file = _read(file) if file else {}
     # A run's own config.yaml has the folder of that run, where no other run may go.
     if isinstance(from_file.get("out"), _Resolved):
@@ -169,14 +170,16 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, dict[s
     for origin, layer in (
         (f"preset {preset}", PRESETS[preset].settings),
         (str(file), from_file),
-        ("flag", flags),
+        (source, flags),
     ):
         for key, value in layer.items():
-            values[key] = _checked(key, value, origin)
+            values[key] = checked(key, value, origin)
             origins[key] = origin
     config = Config(**values)
     if config.ratio and not config.ratio >= 1:  # nan too
-        raise UserError(f"--ratio is {config.ratio:g}, but must be at least 1: exact bytes over those to keep")
+        raise UserError(
+            f"ratio is {config.ratio:g} ({origins['ratio']}), but must be at least 1: exact bytes over those to keep"
+        )
     for name in _POSITIVE + _NOT_NEGATIVE:
         least = 1 if name in _POSITIVE else 0
         if getattr(config, name) < least:
@@ -239,8 +242,14 @@ class _Resolved(NamedTuple):
     value: Any
 
 
-def _checked(key: str, value: Any, origin: str) -> Any:
-    hints = typing.get_type_hints(Config)
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+def checked(key: str, value: Any, origin: str) -> Any:
+    """A setting's value in its type; UserError where the name or the type is not one."""
+    hints = _hints()
     if key not in hints:
         raise UserError(f"there is no setting {key!r} ({origin}); {choices(key, hints)}")
     kind = hints[key]

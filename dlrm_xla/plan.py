@@ -329,7 +329,7 @@ def read_bytes(given: str) -> float:
     """Bytes from what a person writes: 16GB, 96 MB, 16e9."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)B?\s*", given, re.IGNORECASE)
     if found is None:
-        raise UserError(f"--memory cannot be {given!r}; write it like 16GB, 500MB or 16e9")
+        raise UserError(f"memory cannot be {given!r}; write it like 16GB, 500MB or 16e9")
     return float(found[1]) * float(1000 ** " KMGT".index(found[2].upper() or " "))
 
 

@@ -76,11 +76,31 @@ def study_file(tmp_path):
         ("runs: [{plugin: exact}]\ntuning: {trials: 2}\n", r":2: tuning has no search"),
         ("runs: [{plugin: exact}]\ntuning: {search: {row_lr: [0.1, 0.01]}}\n", r":2: the range of row_lr"),
         ("runs: [{plugin: exact}]\ntuning: {search: {preset: [0.1, 0.2]}}\n", r":2: preset cannot be tuned"),
+        ("runs: [{plugin: exact}]\ntuning: {search: {ratio: [2, 10]}}\n", r":2: ratio cannot be tuned: "),
+        ("runs: [{plugin: exact}]\ntuning:\n  search: {}\n", r":3: search is empty"),
+        ("runs:\n  - {[plugin, ratio]: exact}\n", r":2: a name in a block must be a word"),
+        ("settings:\n  plugin: robee\nruns: [{seed: 0}]\n", r":2: .*'robee'; did you mean 'robe'"),
+        ("runs:\n  - plugin: exact\n    tables: {C1: robee}\n", r":3: .*'robee'; did you mean 'robe'"),
+        ("runs:\n  - plugin: robe\n    memory: lots\n", r":3: memory cannot be 'lots'"),
+        ("runs:\n  - plugin: robe\n    ratio: 0.5\n", r":2: ratio is 0.5 \(study\), but"),
+        ("runs:\n  - plugin: exact\n    batch_size: [64, 65]\n    micro_batches: [1, 2]\n", r":2: batch_size 65 "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_named_with_its_line(study_file, text, words):
     with pytest.raises(UserError, match=words):
         read_study(study_file(text), FLAGS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "runs: [{plugin: exact, micro_batches: 3, batch_size: 384}]\n",
+        "settings: {warmup_steps: 10}\nruns: [{plugin: exact, decay_steps: 5, decay_start: 20}]\n",
+        "settings: {synthetic_bags: [1, 2], synthetic_tables: [5, 5]}\nruns: [{plugin: exact}]\n",
+    ],
+)
+def test_settings_are_checked_together(study_file, text):
+    assert len(grid.cells(read_study(study_file(text), FLAGS))) == 1
 
 
 def test_a_block_is_the_product_of_its_lists(study_file):

@@ -20,6 +20,7 @@ Every error names the line.
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -28,7 +29,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dlrm_xla.config import Config, resolve
+from dlrm_xla.config import Config, checked, resolve
 from dlrm_xla.errors import UserError, choices
 from dlrm_xla.plan import read_bytes
 from dlrm_xla.registry import parse
@@ -38,6 +39,13 @@ TOOLS: dict[str, Tool] = {"runs": "run", "compiles": "compile", "benches": "benc
 KEYS = ("question", "cores", "threads", "memory", "settings", *TOOLS, "tuning")
 # A study chooses these itself.
 _OWN = ("out",)
+# Where a value is from, in messages.
+_SOURCE = "study"
+_NOT_TUNED = {
+    "ratio": "a method is tuned for all its ratios",
+    "save_minutes": "it changes no result",
+    "rank_patience": "it changes no result",
+}
 # A list of these is one value: a grid over them takes a list of lists.
 _LISTS = {f.name for f in fields(Config) if typing.get_origin(typing.get_type_hints(Config)[f.name]) is list}
 
@@ -124,7 +132,7 @@ class _Reader:
         for key, value in self.mapping(node, "settings").items():
             self.known(value, key, "run")
             found[key] = self.value(value)
-            self.check(value, found | {})
+            self.single(value, key, found[key], "run")
         return found
 
     def block(self, node: yaml.Node, tool: Tool, settings: Mapping[str, Any]) -> Block:
@@ -138,12 +146,14 @@ class _Reader:
                 raise self.error(child, f"{key} has no values; leave it out, or give it one")
             parts = child.value if is_grid else [child]
             for part, one in zip(parts, values[key], strict=True):
-                if key == "plugin":
-                    self.plugin(part, one)
-                if tool == "run":
-                    self.check(part, {**settings, key: one})
+                self.single(part, key, one, tool)
         if not values:
             raise self.error(node, "a block without a field has no cells")
+        for combination in itertools.product(*values.values()) if tool == "run" else ():
+            try:
+                resolve({**settings, **dict(zip(values, combination, strict=True))}, None, _SOURCE)
+            except UserError as error:
+                raise self.error(node, str(error)) from error
         return Block(tool, values, node.start_mark.line + 1)
 
     def tuning(self, node: yaml.Node) -> Tuning:
@@ -159,11 +169,15 @@ class _Reader:
             self.known(child, key, "run")
             value = self.value(child)
             numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+            if key in _NOT_TUNED:
+                raise self.error(child, f"{key} cannot be tuned: {_NOT_TUNED[key]}")
             if typing.get_type_hints(Config)[key] is not float or not numbers or len(value) != 2:
                 raise self.error(child, f"{key} cannot be tuned over {value!r}; it takes a float's [lowest, highest]")
             if not 0 < value[0] < value[1]:
                 raise self.error(child, f"the range of {key} is {value}: it must rise and be above 0")
             search[key] = (float(value[0]), float(value[1]))
+        if not search:
+            raise self.error(parts["search"], "search is empty: write the settings to tune, as row_lr: [0.01, 0.08]")
         seed = self.value(parts["seed"]) if "seed" in parts else 0
         if type(seed) is not int or seed < 0:
             raise self.error(parts["seed"], f"seed is {seed!r}, but must be a whole number from 0")
@@ -174,15 +188,20 @@ class _Reader:
         if key not in good:
             raise self.error(node, f"there is no field {key!r} of a {tool}; {choices(key, good)}")
 
-    def plugin(self, node: yaml.Node, value: Any) -> None:
+    def single(self, node: yaml.Node, key: str, value: Any, tool: Tool) -> None:
+        """Refuses what no other setting could make right."""
         try:
-            parse(str(value))
-        except UserError as error:
-            raise self.error(node, str(error)) from error
-
-    def check(self, node: yaml.Node, settings: dict[str, Any]) -> None:
-        try:
-            resolve(settings, None)
+            if tool == "run":
+                checked(key, value, _SOURCE)
+            if key == "plugin":
+                parse(str(value))
+            elif tool == "run" and key == "preset":
+                resolve({key: value}, None, _SOURCE)
+            elif tool == "run" and key == "tables":
+                for plugin in value.values():
+                    parse(plugin)
+            elif tool == "run" and key == "memory" and value:
+                read_bytes(value)
         except UserError as error:
             raise self.error(node, str(error)) from error
 
@@ -205,6 +224,8 @@ class _Reader:
             raise self.error(node, f"{what} must be lines of the form 'name: value'")
         found: dict[str, yaml.Node] = {}
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self.error(key, f"a name in {what} must be a word")
             if key.value in found:
                 raise self.error(key, f"{key.value} is given twice")
             found[key.value] = value
