@@ -21,9 +21,10 @@ pytest.importorskip("scipy")
 
 from dlrm_xla_studies import conduct, feasible, figures, grid, results, runner
 from dlrm_xla_studies.feasible import Forecast
+from dlrm_xla_studies.folders import folder_of
 from dlrm_xla_studies.progress import Estimate
 from dlrm_xla_studies.results import TIMES
-from dlrm_xla_studies.runner import DAMAGED, FINISHED, Runner, Stopped, folder_of, state_of
+from dlrm_xla_studies.runner import DAMAGED, FINISHED, Runner, Stopped, state_of
 from dlrm_xla_studies.spec import read_study
 from dlrm_xla_studies.stages import Stages
 from dlrm_xla_studies.tuning import tune
@@ -283,6 +284,7 @@ class MadeUp:
         if not folder.exists():
             made_up_run(folder / "run", 0.75 + cell.settings.get("row_lr", 0) / 10, **cell.settings)
             (folder / "state.json").write_text(json.dumps({"status": "finished", "seconds": 9.0, "attempts": 1}))
+            (folder / "settings.yaml").write_text(yaml.safe_dump(dict(cell.settings)))
         return state_of(self.out, cell)
 
 
@@ -332,6 +334,26 @@ def test_tuning_is_found_again_where_other_ratios_can_run_by_now(finished):
     lost = {cell.id: Forecast("too large" if cell.settings.get("ratio") in (2, 4) else "") for cell in cells}
     stages = Stages(study, out, cells, lost)
     assert [cell.id for cell in stages.known.values()] == [cell.id for cell in known]
+
+
+def test_what_has_finished_is_found_again_where_no_result_has_changed(finished, capsys, monkeypatch):
+    path, out, known = finished
+    before = {folder.name for folder in (out / "cells").iterdir()}
+    text = path.read_text().replace("ratio: [2, 4, 8]", "ratio: [2.0, 4, 8.0]")
+    monkeypatch.setenv("ROWS", "rows.tsv")
+    path.write_text(text.replace("data: rows.tsv", "data: $ROWS") + "settings: {log_every: 7, data_cache: x}\n")
+    assert launch_script("study").main([str(path), "--out", str(out), "--report-only"]) == 0
+    assert "8 of 8 cells finished" in capsys.readouterr().out
+    assert len(pd.read_parquet(out / "results.parquet")) == len(known)
+    study = read_study(path, FLAGS)
+    cells = grid.cells(study)
+    stages = Stages(study, out, cells, {cell.id: Forecast() for cell in cells})
+    assert (len(stages.trials_left()), stages.untuned()) == (0, [])
+    assert {folder_of(out, cell).name for cell in stages.known.values()} == before
+    path.write_text("memory: 1GB\nruns: [{plugin: exact, seed: 5}]\n")
+    assert launch_script("study").main([str(path), "--out", str(out), "--report-only"]) == 0
+    assert "results.parquet: nothing has finished, so it stays as it was" in capsys.readouterr().out
+    assert len(pd.read_parquet(out / "results.parquet")) == len(known)
 
 
 @pytest.mark.parametrize(

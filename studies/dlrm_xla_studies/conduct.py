@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from dlrm_xla.errors import UserError
 from dlrm_xla_studies import grid, results
 from dlrm_xla_studies.feasible import Forecast, forecasts
+from dlrm_xla_studies.folders import folder_of
 from dlrm_xla_studies.grid import Cell
 from dlrm_xla_studies.progress import Estimate, Progress, minutes
-from dlrm_xla_studies.runner import DAMAGED, FAILED, FINISHED, Runner, Stopped, folder_of, only_one, state_of
+from dlrm_xla_studies.runner import DAMAGED, FAILED, FINISHED, Runner, Stopped, only_one, state_of
 from dlrm_xla_studies.spec import Study
 from dlrm_xla_studies.stages import Stages
 from dlrm_xla_studies.workers import Workers
@@ -95,6 +96,7 @@ def _run(
 def _finish(study: Study, out: Path, stages: Stages, stopped: bool) -> int:
     known = list(stages.known.values())
     states = {cell.id: state_of(out, cell) for cell in known}
+    stays = (out / results.TABLE).exists()
     table = results.write(study.name, out, known, states)
     counts = Counter(states[cell.id]["status"] for cell in known if not cell.trial)
     for cell in known:
@@ -104,7 +106,10 @@ def _finish(study: Study, out: Path, stages: Stages, stopped: bool) -> int:
         if status == DAMAGED:
             print(f"damaged: {cell.title}: {states[cell.id]['error']}. The next run of the study runs it again.")
     print(f"{counts[FINISHED]} of {counts.total() + len(stages.untuned())} cells finished, {counts[FAILED]} failed")
-    print(f"table: {out / results.TABLE}")
+    print(
+        f"table: {out / results.TABLE}"
+        + (": nothing has finished, so it stays as it was" if stays and not len(table) else "")
+    )
     if stopped:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,8 @@ from dlrm_xla.errors import UserError
 from dlrm_xla_studies.spec import Block, Study, Tool
 
 SCRIPTS: dict[Tool, str] = {"run": "run", "compile": "compile_tpu", "bench": "bench"}
+# In each folder: the settings that its cell was called with.
+SETTINGS_FILE = "settings.yaml"
 # Of a run's settings, those that its name tells, in this order.
 _NAMED = ("plugin", "ratio", "preset", "device", "batch_size", "min_count", "chip", "what", "rows", "seed")
 # What a method's cells may differ in.
@@ -31,13 +34,17 @@ OF_FILES = ("out", "data_cache", "row_files", "log_every", "save_every", "save_m
 
 @dataclass(frozen=True)
 class Cell:
-    """One call of a tool; ``trial``: it belongs to a method's tuning; ``told``: settings that its title names too."""
+    """One call of a tool; ``trial``: it belongs to a method's tuning; ``told``: settings that its title names too.
+
+    ``spelled``: its method, where trials of it were made that spell it otherwise.
+    """
 
     tool: Tool
     settings: Mapping[str, Any]
     trial: str = ""
     tuned: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
+    spelled: str = ""
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +93,8 @@ class Cell:
 
     def method(self) -> str:
         """What is tuned as one: all settings but the ratio, the seed and those to tune."""
+        if self.spelled:
+            return self.spelled
         left = {k: v for k, v in self.settings.items() if k not in _NOT_OF_METHOD and k not in self.tuned}
         return json.dumps(left, sort_keys=True)
 
@@ -97,13 +106,18 @@ class Cell:
         """A script of launch/ and its arguments, for a call that starts in ``folder``."""
         script = SCRIPTS[self.tool]
         if self.tool == "run":
-            return [script, "--config", str(folder / "settings.yaml"), "--out", str(folder / "run")]
+            return [script, "--config", str(folder / SETTINGS_FILE), "--out", str(folder / "run")]
         flags = itertools.chain.from_iterable(_flag(k, v) for k, v in self.settings.items())
         return [script, *flags, "--out", str(folder / "report.json")]
 
     def report(self, folder: Path) -> Path:
         """Where the tool leaves its figures."""
         return folder / "run" / "report.json" if self.tool == "run" else folder / "report.json"
+
+
+def expanded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the environment's variables in their texts."""
+    return {k: os.path.expandvars(v) if isinstance(v, str) else v for k, v in settings.items()}
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from dlrm_xla.config import Config
 from dlrm_xla.registry import EXACT
 from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.families import MIXED
+from dlrm_xla_studies.folders import folder_of
 from dlrm_xla_studies.grid import OF_FILES, Cell
-from dlrm_xla_studies.runner import FINISHED, folder_of, whole_report
+from dlrm_xla_studies.runner import FINISHED, whole_report
 
 TABLE = "results.parquet"
 # Settings that a report has itself.
@@ -125,8 +126,10 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def write(name: str, out: Path, cells: Sequence[Cell], states: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Writes the table as Parquet, in one piece, and returns it."""
+    """Writes the table as Parquet, in one piece, and returns it; one without a row replaces none."""
     made = table(name, out, cells, states)
+    if not len(made) and (out / TABLE).exists():
+        return made
     unfinished = out / f"{TABLE}.unfinished"
     made.to_parquet(unfinished, index=False)
     os.replace(unfinished, out / TABLE)

@@ -26,7 +26,8 @@ import yaml
 from dlrm_xla.errors import UserError
 from dlrm_xla.run_folder import read_finished
 from dlrm_xla_studies.feasible import Forecast
-from dlrm_xla_studies.grid import Cell
+from dlrm_xla_studies.folders import folder_of
+from dlrm_xla_studies.grid import SETTINGS_FILE, Cell, expanded
 from dlrm_xla_studies.spec import Tool
 from dlrm_xla_studies.workers import Workers
 
@@ -43,11 +44,6 @@ _NUMBERS: Mapping[Tool, tuple[str, ...]] = {
 
 class Stopped(Exception):
     """The study was asked to stop."""
-
-
-def folder_of(study: Path, cell: Cell) -> Path:
-    """Where a cell lives."""
-    return study / "cells" / cell.id
 
 
 def whole_report(cell: Cell, folder: Path) -> Any:
@@ -231,15 +227,12 @@ class Runner:
 
     def _prepare(self, cell: Cell, folder: Path) -> list[str]:
         """The command, after removing what cannot be gone on with."""
-        if cell.tool != "run":
-            return cell.command(folder)
         run = folder / "run"
         if _is_mapping(run / "config.yaml"):
             return ["run", "--resume", str(run)]
         if run.exists():
             shutil.rmtree(run)
-        settings = {k: os.path.expandvars(v) if isinstance(v, str) else v for k, v in cell.settings.items()}
-        (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+        (folder / SETTINGS_FILE).write_text(yaml.safe_dump(expanded(cell.settings)))
         return cell.command(folder)
 
     def _ending(self, cell: Cell, folder: Path, code: int) -> dict[str, Any]:

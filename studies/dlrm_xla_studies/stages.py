@@ -10,8 +10,9 @@ from typing import Any
 
 from dlrm_xla_studies import grid
 from dlrm_xla_studies.feasible import Forecast
+from dlrm_xla_studies.folders import as_tried, folder_of
 from dlrm_xla_studies.grid import Cell
-from dlrm_xla_studies.runner import FAILED, FINISHED, Runner, Stopped, folder_of, state_of, whole_report
+from dlrm_xla_studies.runner import FAILED, FINISHED, Runner, Stopped, state_of, whole_report
 from dlrm_xla_studies.spec import Study
 from dlrm_xla_studies.tuning import tune
 
@@ -25,6 +26,7 @@ class Stages:
     def __init__(self, study: Study, out: Path, cells: Sequence[Cell], forecasts: Mapping[str, Forecast]) -> None:
         self.study, self.out, self.forecasts = study, out, dict(forecasts)
         self.known: dict[str, Cell] = {}
+        cells = as_tried(out, cells)
         # By method: the cell that its trials are made at, and what they found once all have ended.
         self.places: dict[str, Cell] = {}
         self.found: dict[str, dict[str, float]] = {}
