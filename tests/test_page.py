@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 
@@ -14,7 +15,9 @@ from conftest import launch_script, made_up_run
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")
 
-from dlrm_xla_studies import choice, page, statistics
+import itertools
+
+from dlrm_xla_studies import choice, figures, page, statistics
 from dlrm_xla_studies.families import exponents, growth, timed
 from dlrm_xla_studies.figures import pareto
 from dlrm_xla_studies.results import SETTINGS, frame, read_run
@@ -123,6 +126,10 @@ def test_each_method_has_a_trial_that_was_taken():
     assert taken == [(["device cpu"], 0.02), (["device xla"], 0.02)]
     text = page.html(pd.DataFrame(trials), "tuned")
     assert "<code>hash_rows 10x</code>, device xla" in text
+    assert "3 trials for each of these methods" in text
+    text = page.html(pd.concat([pd.DataFrame(trials[1:]), runs_of([])], ignore_index=True), "tuned")
+    assert "2 to 3 trials for each of these methods" in text
+    assert "Without trials: <code>exact</code>." in text
 
 
 @pytest.mark.parametrize(
@@ -202,6 +209,32 @@ def test_the_pareto_front_and_exponents():
     fitted = growth([10, 100, 1000], [2.0, 20.0, 200.0])
     assert fitted.exponent == pytest.approx(1)
     assert growth([10, 100], [1, 2]) is None
+
+
+def test_figures_tell_exact_tables_apart_and_share_no_id():
+    runs = runs_of(["hash_rows"], sizes=(10, 30))
+    other = runs[runs["plugin"] == "exact"].assign(row_lr=0.5, auc=0.76)
+    drawn = page.html(pd.concat([runs, other], ignore_index=True), "two")
+    assert "exact, ids seen 4+ times, row lr 0.02" in drawn
+    assert "exact, ids seen 4+ times, row lr 0.5" in drawn
+    ids = re.findall(r'\bid="([^"]*)"', drawn)
+    assert len(set(ids)) == len(ids) > 100
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', drawn)) <= set(ids)
+
+
+def test_labels_of_few_decades_do_not_meet():
+    with figures._drawn() as (figure, axes):
+        for factor in (1.5, 8, 70, 1e4):
+            axes.clear()
+            axes.plot([1.1e6, 1.1e6 * factor], [1, 2])
+            figures._logarithmic(axes, "x")
+            figure.draw_without_rendering()
+            low, high = axes.get_xlim()
+            ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+            boxes = [t.label1.get_window_extent() for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+            boxes.sort(key=lambda box: box.x0)
+            assert len(boxes) >= 2
+            assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def benches(rows=(10**4, 10**5, 10**6), batches=(256, 1024), ratios=(10.0, 100.0, 1000.0)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import pandas as pd
 
 from dlrm_xla.registry import EXACT
 from dlrm_xla_studies.families import along, growth
+from dlrm_xla_studies.grid import differing, told
+from dlrm_xla_studies.statistics import SETTING
 
 # Paul Tol's muted palette and its shapes: told apart by the colour-blind, and in grey by the markers.
 COLOURS = ("#332288", "#117733", "#44AA99", "#88CCEE", "#999933", "#CC6677", "#882255", "#AA4499", "#DDCC77", "#661100")
@@ -57,7 +60,24 @@ def saved(figure: Any, folder: Path | None, name: str, kinds: Sequence[str] = ("
         figure.savefig(Path(folder or "") / f"{name}.{kind}", dpi=200, metadata=undated[kind])
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip() or text.getvalue()
+    drawn = text.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip() or text.getvalue()
+    # The page holds several figures, and matplotlib numbers the parts of each from 1.
+    own = re.sub(r"[^\w-]", "_", name)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", drawn)
+
+
+def _logarithmic(axes: Any, *sides: str) -> None:
+    """Logarithmic axes, "x" and "y", whose labels do not run into one another where they span few decades."""
+    from matplotlib import ticker
+
+    for side in sides:
+        getattr(axes, f"set_{side}scale")("log")
+        low, high = getattr(axes, f"get_{side}lim")()
+        axis = getattr(axes, f"{side}axis")
+        axis.set_minor_formatter(ticker.NullFormatter())
+        if high < 100 * low:
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 10 * low else (1, 3)))
+            axis.set_major_formatter(ticker.LogFormatterMathtext(minor_thresholds=(math.inf, math.inf)))
 
 
 def style_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -77,6 +97,15 @@ def pareto(points: Sequence[tuple[float, float]], highest: bool) -> list[int]:
             best = sign * points[k][1]
             found.append(k)
     return found
+
+
+def _exact_labels(exact: pd.DataFrame) -> list[str]:
+    """By minimum count, and where that is not enough by all settings that are not the same in all."""
+    counts = exact["min_count"].tolist() if "min_count" in exact else []
+    labels = [f"exact, ids seen {count:g}+ times" for count in counts] or ["exact"] * len(exact)
+    settings = exact[[key for key in SETTING if key in exact and key != "min_count"]].to_dict("records")
+    names = differing(settings) if len(set(labels)) < len(labels) else []
+    return [", ".join([label, *told(row, names)]) for label, row in zip(labels, settings, strict=True)]
 
 
 def quality(
@@ -103,10 +132,9 @@ def quality(
     styles = style_of(here["plugin"].tolist())
     with _drawn(height=5.4 if here["plugin"].nunique() > 8 else 4.6) as (figure, axes):
         exact = here[here["plugin"] == EXACT]
-        for k, (_, row) in enumerate(exact.iterrows()):
-            told = f"exact, ids seen {row['min_count']:g}+ times" if "min_count" in row else "exact"
+        for k, (label, (_, row)) in enumerate(zip(_exact_labels(exact), exact.iterrows(), strict=True)):
             line = ("--", ":", "-.")[k % 3]
-            axes.axhline(row[f"{metric}_mean"], color="#555555", linestyle=line, linewidth=1.1, label=told)
+            axes.axhline(row[f"{metric}_mean"], color="#555555", linestyle=line, linewidth=1.1, label=label)
             error = 0.0 if many or math.isnan(row[f"{metric}_error"]) else row[f"{metric}_error"]
             axes.errorbar(row[against], row[f"{metric}_mean"], yerr=error, marker="s", color="#555555", markersize=4,
                           linestyle="", capsize=1.5)  # fmt: skip
@@ -129,7 +157,7 @@ def quality(
                   markeredgecolor="#D00000", markeredgewidth=1.1, label="Pareto front")  # fmt: skip
         axes.set(xlabel=words[against], ylabel=f"{metrics[metric]}, mean over seeds")
         if against != "samples_per_second":
-            axes.set_xscale("log")
+            _logarithmic(axes, "x")
         if here["plugin"].nunique() <= _MOST_IN_LEGEND:
             figure.legend(loc="outside lower center", ncols=3)
         return saved(figure, folder, name, kinds)
@@ -149,7 +177,8 @@ def scaling(times: pd.DataFrame, size: str, source: str, device: str, folder: Pa
             label = f"{kind}: {size}^{fitted.exponent:.2f} ± {fitted.error:.2f}" if fitted else str(kind)
             axes.plot(points.index, points.values, label=label, color=COLOURS[k % len(COLOURS)],
                       marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.1)  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel=words[size], ylabel="ms per step (median)")
+        _logarithmic(axes, "x", "y")
+        axes.set(xlabel=words[size], ylabel="ms per step (median)")
         if here["family"].nunique() <= _MOST_IN_LEGEND:
             figure.legend(loc="outside lower center", ncols=2)
         return saved(figure, folder, name)

@@ -64,6 +64,7 @@ def html(table: pd.DataFrame, name: str, question: str = "", folder: Path | None
         devices=_device_rows(found),
         compiled=_compiled(_kind(table, "compile")),
         trials=_trials(_kind(table, "trial")),
+        tuned=_tuned(runs, _kind(table, "trial")),
         runs=_run_rows(runs),
         confidence=round(statistics.CONFIDENCE * 100),
         about=_about(runs),
@@ -205,6 +206,15 @@ def _trials(table: pd.DataFrame) -> list[dict[str, Any]]:
         | {"best": index in taken, "told": grid.told(settings[row["trial"]], [n for n in names if n != "plugin"])}
         for index, row in order.iterrows()
     ]
+
+
+def _tuned(runs: pd.DataFrame, trials: pd.DataFrame) -> dict[str, Any]:
+    """How many trials each method had in words, and the plugins that had none."""
+    counts = trials["trial"].value_counts() if len(trials) else [0]
+    few, many = min(counts), max(counts)
+    ran, tried = (set(part["plugin"]) if len(part) else set[str]() for part in (runs, trials))
+    words = f"{few} to {many} trials" if few < many else f"{many} trial{'s' if many != 1 else ''}"
+    return {"trials": words, "others": sorted(ran - tried)}
 
 
 # What the table of all runs shows of each: heading, column, digits (None: text).
