@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import pickle
 import secrets
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -260,8 +262,13 @@ class TorchrunRanks(TorchrunRank):
         self.tell("wait", None)
 
     def failed(self, error: BaseException) -> str:
+        with suppress(ValueError):  # torchrun ends this rank as soon as another has died; it is to say first which
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not isinstance(error, UserError):  # most likely for want of another, which the watch then names
-            error = UserError(self._watch.verdict() or f"{type(error).__name__}: {str(error)[:300]}")
+            verdict = self._watch.verdict()
+            if not verdict:
+                traceback.print_exception(error)
+            error = UserError(verdict or f"{type(error).__name__}: {str(error)[:300]}")
         self._watch.stop()
         with suppress(RuntimeError):  # the store may be gone too
             self.store.set(f"failed/{self.rank}", str(error))

@@ -19,7 +19,6 @@ import math
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -373,7 +372,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ranks.end(stopped_at_once(""))
         if ranks.size == 1:
             raise
-        traceback.print_exc()
         print(ranks.failed(error), file=sys.stderr)
         return ranks.end(1)
 

@@ -130,6 +130,30 @@ def two(tmp_path_factory):
     return folder / "run"
 
 
+def test_a_rank_that_torchrun_ends_says_first_which_was_lost(capsys):
+    class Watch:
+        said = "rank 1 was lost"
+
+        def verdict(self):
+            os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does at once
+            return self.said
+
+        def stop(self):
+            pass
+
+    ranks = object.__new__(TorchrunRanks)
+    ranks.rank, ranks._watch, ranks.store = 0, Watch(), SimpleNamespace(set=lambda name, text: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert ranks.failed(RuntimeError("Connection closed by peer")) == "error: rank 0: rank 1 was lost"
+        assert capsys.readouterr().err == ""
+        Watch.said = ""
+        assert ranks.failed(RuntimeError("a bug")) == "error: rank 0: RuntimeError: a bug"
+        assert "RuntimeError: a bug" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_two_ranks_train_what_one_process_trains(alone, two):
     assert len(losses(alone)) >= 50
     np.testing.assert_allclose(losses(two), losses(alone), atol=1e-5, rtol=0)
