@@ -21,7 +21,8 @@ class TrainedRows:
     """Rows [num_rows, dim] in float32 that are read, or computed, block by block, and how often each is looked up.
 
     ``read(start, stop)`` gives rows [stop - start, dim]. ``lookups_R`` are weights of the error that a compression
-    makes: the one that matters is that of lookups. None weighs all rows alike.
+    makes: the one that matters is that of lookups. None weighs all rows alike, and so do lookups of none of them, which
+    become None.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class TrainedRows:
         self._read = read
         self.num_rows = num_rows
         self.dim = dim
-        self.lookups_R = lookups_R
+        self.lookups_R = lookups_R if lookups_R is None or lookups_R.any() else None
 
     @classmethod
     def of(cls, weight_RD: Tensor, lookups_R: Tensor | None = None) -> TrainedRows:
@@ -67,7 +68,10 @@ class TrainedRows:
         return TrainedRows(lambda a, b: self._read(first + a, first + b), last - first, self.dim, lookups_R)
 
     def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """At most ``count`` different rows and their weights; drawn in order, so that a file is read forwards."""
+        """At most ``count`` different rows and their weights; drawn in order, so that a file is read forwards.
+
+        All alike where none of those drawn is looked up.
+        """
         if count >= self.num_rows:
             return self.whole(), self.weights(0, self.num_rows)
         drawn = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
@@ -76,7 +80,8 @@ class TrainedRows:
             here = drawn[(drawn >= start) & (drawn < start + len(block))] - start
             rows.append(block[here])
             weights.append(self.weights(start, len(block))[here])
-        return torch.cat(rows), torch.cat(weights)
+        weights_N = torch.cat(weights)
+        return torch.cat(rows), weights_N if weights_N.any() else torch.ones(len(weights_N))
 
     def whole(self) -> Tensor:
         """All rows at once, for methods that know no other way."""

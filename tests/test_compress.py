@@ -212,6 +212,21 @@ def test_a_sample_is_of_different_rows_with_their_weights(weight, lookups):
     torch.testing.assert_close(weights, lookups[places])
 
 
+@pytest.mark.parametrize(
+    "spec", ["hot_cold:hot=100+pq", "hot_cold:hot=100+dedup:rows=40", "hot_cold:hot=100+svd:rank=3"]
+)
+def test_rows_that_nobody_looks_up_count_alike(weight, lookups, spec):
+    lookups[90:] = 0
+    found = _rows(_fitted(spec, weight, lookups))
+    torch.testing.assert_close(found[:100], weight[:100])
+    assert (found[100:] - weight[100:]).norm() < 0.9 * weight[100:].norm()
+    weights = TrainedRows.of(weight[90:], lookups[90:]).sample(100)[1]
+    assert torch.equal(weights, torch.ones(100))
+    lookups[:-1], lookups[-1] = 0, 1  # looked up, but not by the sample
+    weights = TrainedRows.of(weight, lookups).sample(2)[1]
+    assert torch.equal(weights, torch.ones(2))
+
+
 def test_the_study_compares_its_methods_and_its_bound(tmp_path, capsys):
     study = launch_script("compression_study")
     out = tmp_path / "s.json"

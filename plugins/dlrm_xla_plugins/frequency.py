@@ -77,6 +77,5 @@ class HotColdBag(ComposedBag):
         # The cold bag's row 0 is never looked up: the last hot row stands in, with no weight where lookups count.
         cold = rows.part(self.hot - 1, rows.num_rows)
         if cold.lookups_R is not None:
-            cold.lookups_R = cold.lookups_R.clone()
-            cold.lookups_R[0] = 0
+            cold = cold.weighted(torch.cat([cold.lookups_R.new_zeros(1), cold.lookups_R[1:]]))
         set_table(self.cold_bag, cold)
