@@ -154,8 +154,10 @@ class RedirectedBag(ComposedBag):
 class Refreshed(Protocol):
     """A bag that rearranges its table in training, on the host: after each validation that another step follows.
 
-    The same from the same state, so that a run that goes on does not differ; shapes and types stay. On xla new values
-    go into ``tensor.data``: a copy into the old tensor would be one more graph.
+    The same from the same state, so that a run that goes on does not differ; shapes, types and Parameters stay, and all
+    is finite. The bag is in evaluation mode. Rows of exact tables inside are out of reach: a lookup is refused, for on
+    xla it would be a graph, and on several ranks an exchange. On xla new values go into ``tensor.data``: a copy into
+    the old tensor would be one more graph.
     """
 
     def refresh(self) -> None:

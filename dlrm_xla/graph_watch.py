@@ -13,8 +13,8 @@ from dlrm_xla.device import Counters, Device
 class GraphWatch:
     """Counts compiles and CPU fallbacks, and says at which step which rule was broken.
 
-    A run compiles one train graph, at its first step, and one evaluation graph. Whatever comes later, and every
-    operation that xla hands to the CPU, is a broken rule.
+    A run compiles one train graph, at its first step, one evaluation graph, and none to refresh bags. Whatever comes
+    later, and every operation that xla hands to the CPU, is a broken rule.
     """
 
     device: Device

@@ -71,8 +71,10 @@ class FiniteWatch:
         bad = [(step, name) for name, step in zip(self._names, self._first_bad_N.tolist(), strict=False) if step]
         if bad:
             step, name = min(bad)
+            together = sum(first == step for first, _ in bad)
+            others = f" (and of {together - 1} more)" if together > 1 else ""
             raise UserError(
-                f"the gradient of {self._kind} {name} is not finite at step {step}. Lower the learning rates "
+                f"the gradient of {self._kind} {name}{others} is not finite at step {step}. Lower the learning rates "
                 "(--dense-lr, --row-lr), or check the data; checkpoints saved before it are kept."
             )
 

@@ -22,6 +22,7 @@ from dlrm_xla.errors import UserError
 from dlrm_xla.guards import FiniteWatch
 from dlrm_xla.model import DLRM
 from dlrm_xla.ranks import ALONE, Ranks
+from dlrm_xla.refresh import check_finite, refresh
 from dlrm_xla.row_files import RowFiles
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore, placement_rule
@@ -110,7 +111,13 @@ class Steps:
         ]
         self.dense = dense_optimizer(config.dense_optimizer, groups, device)
         self._trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self._refreshed = [m for m in model.bags.modules() if isinstance(m, Refreshed)]
+        self._bags = list(model.bags)
+        self._refreshed = {
+            m: name
+            for name, bag in zip(self._names_F, self._bags, strict=True)
+            for m in bag.modules()
+            if isinstance(m, Refreshed)
+        }
         self._finite = FiniteWatch("parameter", len(self._trained), device)
         self.loss_and_count = torch.zeros(2).to(device.torch_device)
         # One graph each, or one for each of a few lengths of bags.
@@ -155,11 +162,15 @@ class Steps:
                 "Prepare the data again, or give the table more rows."
             )
 
+    def check_bags(self) -> None:
+        """Raises a UserError where a plugin's parameters or buffers are not finite; before the first step."""
+        for table, bag in zip(self._names_F, self._bags, strict=True):
+            check_finite(bag, f"{type(bag).__name__} of table {table}", "before training")
+
     def refresh(self) -> None:
         """Lets each plugin that has a ``refresh`` rearrange its table, on the host, between two steps."""
-        for bag in self._refreshed:
-            bag.refresh()
-            assert isinstance(bag, torch.nn.Module)
+        for bag, table in self._refreshed.items():
+            refresh(bag, table)
             for tensor in bag.state_dict(keep_vars=True).values():
                 if self.ranks.size > 1:  # hosts may round differently
                     host = tensor.cpu()

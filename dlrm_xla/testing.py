@@ -7,6 +7,7 @@ class TestMine(BagContract):
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla import registry
-from dlrm_xla.contract import FromTable, Size, Table
+from dlrm_xla.contract import FromTable, Refreshed, Size, Table
 from dlrm_xla.devices import open_device
 from dlrm_xla.errors import UserError
 from dlrm_xla.export import store
 from dlrm_xla.plan import bytes_kept
+from dlrm_xla.refresh import refresh
 from dlrm_xla.registry import Layer
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
@@ -195,6 +197,21 @@ class BagContract:
         torch.autograd.backward(bag(*self.inputs()).sum())
         for name, tensor in bag.state_dict().items():
             assert torch.equal(tensor, kept[name]), f"{name} is another after a lookup: change it in refresh()"
+
+    def test_a_refresh_depends_on_the_state_alone(self) -> None:
+        """Where bags are `Refreshed`: shapes, types and Parameters stay, and a copy of the bag comes to the same."""
+        bag = self.make()
+        if not any(isinstance(module, Refreshed) for module in bag.modules()):
+            return
+        states = []
+        for seed, one in enumerate((bag, copy.deepcopy(bag))):
+            torch.manual_seed(seed)
+            for module in one.modules():
+                if isinstance(module, Refreshed):
+                    refresh(module, self.table.name)
+            states.append(one.state_dict())
+        for name, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][name]), f"from the same state refresh() makes another {name}"
 
     def test_padding_is_not_looked_up(self) -> None:
         """Weight decay moves the rows that a step looks up, and padding looks up none."""

@@ -126,6 +126,7 @@ class _Training:
         self.progress.skip(outcome.steps)
         epoch, number = divmod(outcome.steps, self.per_epoch)
         outcome.stopped_early = 0 < config.patience <= outcome.validations_without_gain
+        self.steps.check_bags()
         while epoch < config.epochs and not outcome.stopped_early and not outcome.interrupted:
             for packed in self.source.batches("train", epoch, number):
                 if outcome.steps and (number or self.per_epoch) in self.validations:
@@ -133,6 +134,7 @@ class _Training:
                     # by the place in the data, so that a run that goes on does the same.
                     began = time.perf_counter()
                     self.steps.refresh()
+                    self.watch.after("refresh", outcome.steps, 0)
                     self._paused_since(began)
                 number += 1
                 if self._step(packed, epoch, number, asked_to_stop):

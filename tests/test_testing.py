@@ -79,6 +79,60 @@ def test_a_bag_that_takes_over_another_table_fails(monkeypatch, factor, error):
         _contract("around").test_takes_over_a_table()
 
 
+class _Centres(torch.nn.Module):
+    """Rows of its own that ids share, and a refresh that does what it is told."""
+
+    def __init__(self, table, inner, how):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.randn(99, table.dim) * table.start_std)
+        self.bag = inner(replace(table, num_rows=99))
+        self.how = how
+
+    def forward(self, ids_BL, weights_BL):
+        return self.bag(ids_BL % 99, weights_BL) + (self.rows[ids_BL % 99] * weights_BL.unsqueeze(-1)).sum(1)
+
+    @torch.no_grad()
+    def refresh(self):
+        self.how(self)
+
+
+def _refreshes(**hows):
+    return [pytest.param(how, error, id=name) for name, (how, error) in hows.items()]
+
+
+REFRESHES = _refreshes(
+    fine=(lambda bag: bag.rows.mul_(2), None),
+    random=(lambda bag: bag.rows.normal_(), "from the same state refresh() makes another rows"),
+    fails=(lambda bag: bag.no_such, r"refresh\(\) of _Centres of table contract fails: AttributeError"),
+    longer=(
+        lambda bag: setattr(bag.rows, "data", torch.zeros(100, 16)),
+        r"rows was \[99, 16\] float32 on cpu and is \[100, 16\]",
+    ),
+    another=(
+        lambda bag: setattr(bag, "rows", torch.nn.Parameter(bag.rows.clone())),
+        "rows is another Parameter, which no optimizer knows",
+    ),
+    nan=(lambda bag: bag.rows.fill_(torch.nan), r"rows of _Centres of table contract is not finite after refresh\(\)"),
+    looks_up=(
+        lambda bag: bag(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)),
+        r"refresh\(\) of _Centres of table contract looks up rows of contract",
+    ),
+)
+
+
+@pytest.mark.parametrize(("how", "error"), REFRESHES)
+def test_a_refresh_that_breaks_the_contract_fails(monkeypatch, how, error):
+    def centres(table, inner):
+        return _Centres(table, inner, how)
+
+    install(monkeypatch, centres)
+    if error is None:
+        _contract("centres").test_a_refresh_depends_on_the_state_alone()
+        return
+    with pytest.raises((AssertionError, UserError), match=error.replace("refresh() makes", r"refresh\(\) makes")):
+        _contract("centres").test_a_refresh_depends_on_the_state_alone()
+
+
 @pytest.mark.parametrize("dim", [12, 3])
 def test_a_plugin_of_one_width_is_asked_for_no_other(monkeypatch, dim):
     class Shared(RedirectedBag):
