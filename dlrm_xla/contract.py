@@ -34,7 +34,8 @@ class Table:
 
     ``std`` is the standard deviation that looked-up rows must have at the start. ``None`` is the reference's
     uniform(-1/sqrt(num_rows), 1/sqrt(num_rows)), hence 1/sqrt(3 num_rows). A plugin that asks ``inner`` for a
-    shorter or narrower table passes the ``std`` that makes its *own* output start like the exact table.
+    shorter or narrower table passes the ``std`` that makes its *own* output start like the exact table, and a ``name``
+    with a suffix, ``C3.quotient``; of several tables names should differ, for messages and settings go by them.
     """
 
     name: str
@@ -119,13 +120,16 @@ class ComposedBag(nn.Module):
                 narrow_BD, hot_BD = yield [Wanted(self.narrow, ids_BL, weights_BL), Wanted(self.hot, ...)]
                 return narrow_BD @ self.matrix + hot_BD
 
-        What does not depend on rows belongs into one list, for each list is a lookup of its own.
+        What does not depend on rows belongs into one list, for each list is a lookup of its own. There must be a yield,
+        though it may be of an empty list.
         """
         raise NotImplementedError
 
     def forward(self, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
         """The same by itself."""
         computation = self.compute(ids_BL, weights_BL)
+        if not isinstance(computation, Generator):
+            raise TypeError(f"compute() of {type(self).__name__} has no yield: it gives {type(computation).__name__}")
         found: list[Tensor] | None = None
         while True:
             try:
@@ -133,6 +137,10 @@ class ComposedBag(nn.Module):
             except StopIteration as end:
                 out_BD: Tensor = end.value
                 return out_BD
+            if not isinstance(wanted, list) or not all(isinstance(want, Wanted) for want in wanted):
+                raise TypeError(
+                    f"compute() of {type(self).__name__} yields {type(wanted).__name__}, but must yield lists of Wanted"
+                )
             found = [want.bag(want.ids_BL, want.weights_BL) for want in wanted]
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -78,7 +79,13 @@ def bytes_kept(module: nn.Module) -> int:
     """
     stored = getattr(module, "bytes_to_serve", None)
     if stored is not None:
-        return int(stored())
+        given = stored()
+        if not isinstance(given, Integral) or isinstance(given, bool) or given < 1:
+            raise UserError(
+                f"bytes_to_serve() of {type(module).__name__} gives {given!r}, but must give a whole number of bytes, "
+                "1 or more. Leave its plugin out, or ask its authors."
+            )
+        return int(given)
     own: dict[str, torch.Tensor] = {}
     module._save_to_state_dict(own, "", keep_vars=True)
     return sum(t.numel() * t.element_size() for t in own.values()) + sum(bytes_kept(m) for m in module.children())
@@ -118,6 +125,7 @@ def plan(
         check_composition(layers, largest, innermost)
     plans, bags = [], []
     sizes: dict[str, tuple[list[Layer], str]] = {}
+    checked: set[tuple[str, int, int]] = set()
     if budget:
         given = [t for t in tables if t.name in single]
         spent = sum(
@@ -137,8 +145,14 @@ def plan(
             if kept >= exact:
                 layers, note = [], f"{spec} would keep {kept:,} bytes, no less than exact"
         make = compose(layers, innermost)
-        kept = bytes_kept(on_meta(make, table, spec)) if layers else exact
         name = "+".join(map(str, layers)) or "exact"
+        kept = exact
+        if layers:
+            bag = on_meta(make, table, name)
+            kept = bytes_kept(bag)
+            if (key := (name, table.num_rows, table.dim)) not in checked:
+                check_lookup(bag, table, name)
+                checked.add(key)
         plans.append(TablePlan(table.name, table.num_rows, table.dim, name, kept, table.num_rows * table.dim * 4, note))
         bags.append(make)
     return plans, bags
@@ -197,10 +211,10 @@ def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:
     """The bag on the ``meta`` device, where it takes no memory."""
     try:
         with shapes_alone():
-            return make(table)
+            bag = make(table)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise Refusal(
             f"plugin {spec!r} refuses table {table.name} ({table.num_rows} x {table.dim}): {error}"
         ) from error
@@ -209,6 +223,40 @@ def on_meta(make: MakeBag, table: Table, spec: str = "exact") -> nn.Module:
             f"plugin {spec!r} fails on table {table.name} ({table.num_rows} x {table.dim}): "
             f"{type(error).__name__}: {error}. Check its options, or ask its authors."
         ) from error
+    if not isinstance(bag, nn.Module):
+        raise UserError(
+            f"plugin {spec!r} gives no bag for table {table.name} ({table.num_rows} x {table.dim}): expected an "
+            f"nn.Module, came {type(bag).__name__}. Have its authors return one."
+        )
+    return bag
+
+
+def check_lookup(bag: nn.Module, table: Table, spec: str) -> None:
+    """Raises a UserError where a bag on ``meta`` fails in a lookup, or gives something else than [B, D] in float32.
+
+    Nothing is known of a bag that does not run on shapes alone.
+    """
+    of = f"plugin {spec!r} for table {table.name} ({table.num_rows} x {table.dim})"
+    shape = (3, 2)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            out = bag(torch.zeros(shape, dtype=torch.int32), torch.ones(shape))
+    except Exception as error:  # whatever a stranger's bag raises
+        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+            return
+        raise UserError(
+            f"{of}: its bag {type(bag).__name__} fails in a lookup of B = 3 bags of 2 ids: {type(error).__name__}: "
+            f"{error}. Check the plugin's options, or ask its authors."
+        ) from error
+    if isinstance(out, torch.Tensor) and out.shape == (shape[0], table.dim) and out.dtype == torch.float32:
+        return
+    came = type(out).__name__
+    if isinstance(out, torch.Tensor):
+        came = f"{list(out.shape)} {str(out.dtype).removeprefix('torch.')}"
+    raise UserError(
+        f"{of}: a lookup of its bag {type(bag).__name__} must give [B, {table.dim}] float32; of B = 3 bags came "
+        f"{came}. Leave the plugin out, or ask its authors."
+    )
 
 
 def training_bytes(
@@ -310,7 +358,7 @@ def text(plans: Sequence[TablePlan], training: Sequence[TrainingBytes] | None = 
     for p, t in zip([*plans, total], [*shown, sums], strict=True):
         note = f"  ({p.note})" if p.note else ""
         line = f"{p.name:<{width}}{p.rows:>12,}{p.dim or '':>5}{p.bytes:>16,}{p.exact_bytes:>16,}"
-        line += f" {p.exact_bytes / p.bytes:>7,.1f}x"
+        line += f" {p.exact_bytes / max(1, p.bytes):>7,.1f}x"
         if t:
             line += f"{t.padded:>17,}{t.optimizer:>17,}{t.gradient:>15,}  {t.placement:<10}"
         lines.append(f"{line}  {p.plugin}{note}")

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import launch_script, needs_xla
+from conftest import install, launch_script, needs_xla
 
 from dlrm_xla import plan
 from dlrm_xla.config import resolve
-from dlrm_xla.contract import Table
+from dlrm_xla.contract import ComposedBag, Table, Wanted
 from dlrm_xla.devices import open_device
-from dlrm_xla.errors import UserError
+from dlrm_xla.errors import Refusal, UserError
 from dlrm_xla.model import DLRM
 from dlrm_xla.registry import compose, parse
 from dlrm_xla.row_store import placement_rule, row_builder
@@ -109,6 +109,76 @@ def test_a_plan_counts_every_lookup_of_a_plugin(spec, looked_up):
     gradient = plan.training_bytes(bag, 2, config, access, placement_rule(config, access)).gradient
     rows = sum(64 * count * member.table.dim * 4 for member, count in plan.lookups(bag, 2))
     assert gradient == rows + sum(p.nbytes for n, p in bag.named_parameters() if not n.endswith("weight"))
+
+
+class _Bag(torch.nn.Module):
+    def __init__(self, table, out=lambda rows_BD: rows_BD, bytes_=None):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.randn(50, table.dim))
+        self.out = out
+        if bytes_ is not None:
+            self.bytes_to_serve = lambda: bytes_
+
+    def forward(self, ids_BL, weights_BL):
+        return self.out((self.rows[ids_BL % 50] * weights_BL.unsqueeze(-1)).sum(1))
+
+
+class _Yields(ComposedBag):
+    def __init__(self, bag, what):
+        super().__init__()
+        self.bag, self.what = bag, what
+
+    def compute(self, ids_BL, weights_BL):
+        wanted = Wanted(self.bag, ids_BL % 50, weights_BL)
+        yield {"wanted": wanted, "tuple": (wanted,), "list": [wanted]}[self.what]
+
+
+class _YieldsNot(_Yields):
+    def compute(self, ids_BL, weights_BL):
+        return self.bag(ids_BL, weights_BL)
+
+
+def _fails(rows_BD):
+    raise KeyError("what")
+
+
+BAD_BAGS = {
+    "narrow": (lambda t: _Bag(t, lambda out: out[:, 1:]), r"must give \[B, 16\] float32; of B = 3 bags came \[3, 15\]"),
+    "deep": (lambda t: _Bag(t, lambda out: out.unsqueeze(1)), r"came \[3, 1, 16\] float32"),
+    "double": (lambda t: _Bag(t, torch.Tensor.double), r"came \[3, 16\] float64"),
+    "fails": (lambda t: _Bag(t, _fails), "its bag _Bag fails in a lookup of B = 3 bags of 2 ids: KeyError: 'what'"),
+    "no bag": (lambda t: None, "gives no bag for table b .*expected an nn.Module, came NoneType"),
+    "no list": (lambda t: _Yields(_Bag(t), "wanted"), r"compute\(\) of _Yields yields Wanted, but must yield lists"),
+    "tuple": (lambda t: _Yields(_Bag(t), "tuple"), "yields tuple, but must yield lists of Wanted"),
+    "nothing": (lambda t: _Yields(_Bag(t), "list"), "came NoneType"),
+    "no yield": (lambda t: _YieldsNot(_Bag(t), ""), r"compute\(\) of _YieldsNot has no yield: it gives Tensor"),
+    "bug": (lambda t: _Bag(t, None + 1), r"fails on table b \(20000 x 16\): TypeError"),
+    **{
+        f"{given!r} bytes": (lambda t, given=given: _Bag(t, bytes_=given), rf"of _Bag gives {given!r}, but must give a")
+        for given in (0, -5, 3.7, "9", True)
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BAGS)
+def test_a_bag_that_breaks_the_contract_is_told_with_its_plugin_and_table(monkeypatch, kind):
+    def bad(table, inner):
+        return BAD_BAGS[kind][0](table)
+
+    install(monkeypatch, bad)
+    with pytest.raises(UserError, match=BAD_BAGS[kind][1]) as error:
+        plan.plan(TABLES, "bad", {}, 5000)
+    assert not isinstance(error.value, Refusal)
+    assert "bytes" in kind or ("plugin 'bad'" in str(error.value) and "table b" in str(error.value))
+
+
+@pytest.mark.parametrize("look", [torch.Tensor.item, torch.Tensor.unique, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_a_bag_that_does_not_run_on_shapes_alone_is_planned_all_the_same(monkeypatch, look):
+    def looking(table, inner):
+        return _Bag(table, lambda out: (look(out.detach()[0, 0]), out)[1])
+
+    install(monkeypatch, looking)
+    assert [p.plugin for p in plan.plan(TABLES, "looking", {}, 5000)[0]] == ["exact", "looking", "exact"]
 
 
 def test_files_take_no_memory_but_the_rest_does(tmp_path):
