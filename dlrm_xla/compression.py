@@ -18,7 +18,17 @@ from dlrm_xla.trained_rows import TrainedRows
 
 def set_table(bag: nn.Module, rows: TrainedRows) -> None:
     """Has a bag take over trained rows; a UserError where it cannot."""
-    _takes_rows(bag, type(bag).__name__).set_table(rows)
+    name = type(bag).__name__
+    taker = _takes_rows(bag, name)
+    try:
+        taker.set_table(rows)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # whatever a stranger's bag raises
+        raise UserError(
+            f"set_table() of {name} fails on {rows.num_rows:,} rows of {rows.dim}: {type(error).__name__}: {error}. "
+            "Take other options or another plugin, or ask its authors."
+        ) from error
 
 
 def compose_checked(layers: Sequence[Layer], innermost: MakeBag) -> MakeBag:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -290,9 +291,17 @@ def _compress_tables(
             began = time.perf_counter()
             torch.manual_seed(config.seed + k)
             bag = make(table)
-            set_table(bag, read[k].weighted(count if weigh == "lookups" else None))
+            try:
+                set_table(bag, read[k].weighted(count if weigh == "lookups" else None))
+            except UserError as refused:
+                raise UserError(f"table {table.name}, {planned.plugin}: {refused}") from refused
             seconds = time.perf_counter() - began
             error = table_error(bag, read[k], count) if planned.plugin != registry.EXACT else TableError(0.0, 0.0)
+            if not math.isfinite(error.rows):
+                raise UserError(
+                    f"table {table.name}: {planned.plugin} made of it gives rows that are not finite. Take other "
+                    "options or another plugin, or ask its authors."
+                )
             told = planned.as_dict() | {"seconds": seconds, "error": error.rows, "error_of_lookups": error.lookups}
             state = bag.state_dict()
             if planned.plugin != registry.EXACT:  # what is only copied need not be kept

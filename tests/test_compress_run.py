@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import launch_script
+from conftest import install, launch_script
 from safetensors.torch import load_file
 
 from dlrm_xla import serving
@@ -216,6 +216,39 @@ def test_a_layer_that_takes_no_rows_is_named_before_any_are_read(trained, tmp_pa
     arguments = ["--plugin", f"{around}robe:blocks=20,width=1", "--out", str(tmp_path / "out")]
     assert compress.main([str(trained), *arguments]) == 2
     assert "error: robe:blocks=20,width=1 cannot be made from a trained table: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "table C2, spoils: set_table() of _Spoils fails on 400 rows of 8: ValueError: no"),
+        (torch.nan, "table C2: spoils made of it gives rows that are not finite"),
+    ],
+)
+def test_a_plugin_that_cannot_take_rows_over_is_told_with_the_table(
+    trained, tmp_path, capsys, monkeypatch, value, message
+):
+    class _Spoils(torch.nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.row = torch.nn.Parameter(torch.zeros(1, dim))
+
+        def forward(self, ids_BL, weights_BL):
+            return weights_BL.sum(1, keepdim=True) * self.row
+
+        def set_table(self, rows):
+            if value is None:
+                raise ValueError("no")
+            with torch.no_grad():
+                self.row.fill_(value)
+
+    def spoils(table, inner):
+        return _Spoils(table.dim)
+
+    install(monkeypatch, spoils)
+    assert compress.main([str(trained), "--plugin", "spoils", "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
