@@ -15,7 +15,7 @@ from torch import nn
 
 from dlrm_xla.contract import FromTable, Plugin, Size, Table
 from dlrm_xla.errors import UserError
-from dlrm_xla.plan import bytes_kept
+from dlrm_xla.plan import bytes_kept, check_lookup
 from dlrm_xla.registry import installed, load, options_of, package, type_name
 from dlrm_xla.rows import RowTable
 from dlrm_xla.shapes import shapes_alone
@@ -43,7 +43,7 @@ def describe() -> list[dict[str, str]]:
         except UserError as error:
             rows.append(row | {"summary": f"BROKEN: {error}"})
             continue
-        row["options"] = ", ".join(f"{p.name}: {type_name(p.annotation)} = {p.default!r}" for p in options)
+        row["options"] = ", ".join(map(_option, options))
         try:
             found = traits(plugin)
         except Exception as error:  # whatever a stranger's plugin raises: its line says so, the list goes on
@@ -52,6 +52,12 @@ def describe() -> list[dict[str, str]]:
         told = f"runs on {found.devices}; composes {found.composable}; at most {found.floor}"
         rows.append(row | {"traits": f"{told}; from trained tables: {'yes' if found.post_training else 'no'}"})
     return rows
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    typed = f"{parameter.name}: {type_name(parameter.annotation)}"
+    required = parameter.default is inspect.Parameter.empty
+    return f"{typed}, required" if required else f"{typed} = {parameter.default!r}"
 
 
 class Traits(NamedTuple):
@@ -81,7 +87,10 @@ def traits(plugin: Plugin) -> Traits:
 
 def _built(plugin: Plugin, options: Mapping[str, Any], inner: Any = RowTable) -> nn.Module:
     with shapes_alone():
-        return plugin(PROBE, inner, **options)
+        bag = plugin(PROBE, inner, **options)
+    if not isinstance(bag, nn.Module):
+        raise TypeError(f"it gives {type(bag).__name__}, no nn.Module")
+    return bag
 
 
 def _devices(plugin: Plugin) -> str:
@@ -92,6 +101,7 @@ def _devices(plugin: Plugin) -> str:
         bag(ids_BL, torch.ones(4, 2, device="meta"))
     except (NotImplementedError, RuntimeError):
         return "cpu, cuda"
+    check_lookup(bag, PROBE, getattr(plugin, "__name__", type(plugin).__name__))
     return "cpu, cuda, xla"
 
 
@@ -106,6 +116,9 @@ def _composable(plugin: Plugin) -> str:
         _built(plugin, {}, inner)
     except ValueError:
         pass
+    except AttributeError as error:
+        if _Stranger.__name__ not in str(error):
+            raise
     else:
         return "anywhere" if asked else "last, for it asks for no rows"
     return "last, for it needs rows" if asked else "no"

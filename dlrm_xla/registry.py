@@ -140,14 +140,19 @@ def _value(name: str, plugin: Plugin, key: str, given: Any) -> Any:
             try:
                 value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(given.lower(), given))
             except (ValueError, SyntaxError):
-                continue
+                if not _is_any(kind):
+                    continue
         if _fits(value, kind):
             return value
     raise UserError(f"option {key!r} of plugin {name!r} cannot be {given!r}; it takes {type_name(annotation)}")
 
 
+def _is_any(kind: Any) -> bool:
+    return kind is inspect.Parameter.empty or kind is Any
+
+
 def _fits(value: Any, kind: Any) -> bool:
-    if kind is inspect.Parameter.empty or kind is Any:
+    if _is_any(kind):
         return True
     if typing.get_origin(kind) is typing.Literal:
         return value in typing.get_args(kind)
@@ -163,6 +168,8 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def type_name(annotation: Any) -> str:
     """A type as a user would write it: ``int``, ``int | None``, ``'mod' | 'signed'``."""
+    if _is_any(annotation):
+        return "any"
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(annotation)))
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
@@ -172,7 +179,12 @@ def compose(layers: list[Layer], innermost: MakeBag) -> MakeBag:
     """Nests the layers around ``innermost``; the first layer is asked for the bag."""
     make = innermost
     for layer in reversed(layers):
-        make = _around(layer, load(layer.name), make)
+        plugin = load(layer.name)
+        for name, parameter in inspect.signature(plugin).parameters.items():
+            is_option = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            if is_option and parameter.default is inspect.Parameter.empty and name not in layer.options:
+                raise UserError(f"plugin {layer.name!r} needs the option {name!r}: write {layer.name}:{name}=VALUE")
+        make = _around(layer, plugin, make)
     return make
 
 

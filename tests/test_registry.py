@@ -3,6 +3,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from conftest import install
 
 from dlrm_xla import listing, plan, registry
 from dlrm_xla.contract import Table
@@ -198,3 +199,28 @@ def test_a_plugin_whose_shapes_depend_on_the_data_does_not_run_on_xla():
         return Bag()
 
     assert listing.traits(unique_ids).devices == "cpu, cuda"
+
+
+def test_options_without_types_or_defaults_are_listed_and_read(monkeypatch):
+    def untyped(table, inner, *, k=50, mode="a"):
+        return inner(table)
+
+    def needy(table, inner, *, k: int):
+        return inner(table)
+
+    install(monkeypatch, needy, untyped)
+    needs, typed = listing.describe()
+    assert (needs["options"], typed["options"]) == ("k: int, required", "k: any = 50, mode: any = 'a'")
+    assert registry.parse("untyped:k=7,mode=other")[0].options == {"k": 7, "mode": "other"}
+    with pytest.raises(UserError, match="plugin 'needy' needs the option 'k': write needy:k=VALUE"):
+        plan.plan([Table("t", 2000, 16)], "needy", {}, 0)
+
+
+def test_a_plugin_that_reads_rows_behind_it_composes_last(monkeypatch):
+    def doubled(table, inner):
+        bag = inner(table)
+        bag.weight.data.mul_(2)
+        return bag
+
+    install(monkeypatch, doubled)
+    assert "composes last, for it needs rows" in listing.describe()[0]["traits"]
