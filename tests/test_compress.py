@@ -180,6 +180,19 @@ def test_compositions_hand_their_rows_on(weight, lookups):
     torch.testing.assert_close(hot[50:], _best(weight[50:], 3, lookups[50:]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("outer", ["hash_rows", "double_hash", "count_sketch:hashes=1", "dedup"])
+def test_compositions_hand_the_lookups_of_shared_rows_on(weight, lookups, outer):
+    outer += ",rows=40" if ":" in outer else ":rows=40"
+    bag = _fitted(outer, weight, lookups)
+    ids = torch.arange(ROWS, dtype=torch.int32).unsqueeze(1)
+    places, factors = bag.redirect(ids, torch.ones(ROWS, 1))
+    summed = torch.zeros(40).index_add_(0, places.flatten().long(), (factors.square() * lookups.unsqueeze(1)).flatten())
+    expected = _best(bag.bag.weight.detach(), 3, summed)
+    torch.testing.assert_close(
+        _fitted(f"{outer}+svd:rank=3", weight, lookups).bag(ids[:40], torch.ones(40, 1)), expected, atol=1e-4, rtol=0
+    )
+
+
 @pytest.mark.parametrize("spec", ["tensorly_tt:rank=2", "tensorly_cp:rank=2", "tensorly_tucker:rank=2"])
 def test_a_table_that_a_decomposition_has_no_memory_for_is_refused_before_it_is_read(spec, monkeypatch):
     monkeypatch.setattr(trained_rows, "machine_memory", lambda: 1e6)

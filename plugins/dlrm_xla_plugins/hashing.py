@@ -186,7 +186,8 @@ class SketchBag(RedirectedBag):
             solution, residual = solution + step * direction, residual - step * image
             before, squared = squared, (residual * residual * inverse).sum()
             direction = residual * inverse + squared / before * direction
-        set_table(self.bag, TrainedRows.of(solution))
+        # A shared row counts by the lookups of the ids that it stands for, each by the square of its factor.
+        set_table(self.bag, TrainedRows.of(solution, None if rows.lookups_R is None else diagonal[:, 0]))
 
 
 def _each(rows_ND: Tensor, factors_NK: Tensor) -> Tensor:

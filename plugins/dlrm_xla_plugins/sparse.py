@@ -153,9 +153,13 @@ class MergedBag(RedirectedBag):
         """Rows that are alike become one by k-means, on a sample where there are many; id 0 keeps its own row."""
         centres_KD = cluster(*rows.sample(_SAMPLE), self.rows - 1)
         first_1D = rows.part(0, 1).whole()
+        lookups_R = torch.zeros(self.rows)
         for start, block in rows.blocks():
-            self.map[start : start + len(block)] = (1 + nearest(block, centres_KD)).to(torch.int16)
-        self.map[0] = 0
+            places = 1 + nearest(block, centres_KD)
+            if start == 0:
+                places[0] = 0
+            self.map[start : start + len(block)] = places.to(torch.int16)
+            lookups_R.index_add_(0, places, rows.weights(start, len(block)))
         merged = torch.cat([first_1D, centres_KD])
         padded = torch.nn.functional.pad(merged, (0, 0, 0, self.rows - len(merged)))
-        set_table(self.bag, TrainedRows.of(padded))
+        set_table(self.bag, TrainedRows.of(padded, None if rows.lookups_R is None else lookups_R))
