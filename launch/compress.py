@@ -331,8 +331,8 @@ def _print(before: Scores, after: Scores, report: Mapping[str, Any], out: Path) 
             title = f"{split} {name.replace('_', ' ')}"
             print(f"{title:<20}{before[split][name]:>12.4f}{after[split][name]:>12.4f}")
     print(
-        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables "
-        f"over all ids seen in training\nrun folder          {out}"
+        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of "
+        f"{report['ratio_of']}\nrun folder          {out}"
     )
 
 

@@ -31,7 +31,8 @@ def make_tables(config: Config, dataset: PreparedDataset | None) -> list[Table]:
 class Plan(NamedTuple):
     """A run's tables, what replaces each, and what that takes.
 
-    ``lengths`` are ids a sample looks up in each; ``whole`` is the bytes of all as exact tables over every id seen.
+    ``lengths`` are ids a sample looks up in each; ``whole`` is the bytes of all as exact tables over every id seen, of
+    synthetic data over all rows of nominal size; ``whole_of`` says which.
     """
 
     tables: list[Table]
@@ -42,11 +43,12 @@ class Plan(NamedTuple):
     files: RowFiles | None
     memory: float
     whole: int
+    whole_of: str
 
     def ratio(self) -> str:
         """What all tables keep, and the ratio that is asked for and reported."""
         kept = sum(p.bytes for p in self.bags)
-        return f"{kept:,} bytes to serve, 1/{self.whole / kept:,.1f} of exact tables over all ids seen in training"
+        return f"{kept:,} bytes to serve, 1/{self.whole / kept:,.1f} of {self.whole_of}"
 
     def check_memory(self) -> None:
         """Raises a UserError where training them does not fit."""
@@ -80,7 +82,9 @@ def make_plan(
         for make, table, length in zip(make_bags, tables, lengths, strict=True)
     ]
     memory = plan.read_bytes(config.memory) if config.memory else device.memory
-    return Plan(tables, lengths, plans, make_bags, training, files, memory, whole)
+    # Synthetic data has as many ids as were asked for, drawn or not.
+    whole_of = f"exact tables {'over all ids seen in training' if dataset and config.data else 'of nominal size'}"
+    return Plan(tables, lengths, plans, make_bags, training, files, memory, whole, whole_of)
 
 
 def make_budget(config: Config, trained: Callable[[nn.Module, Table], int], exact_bytes: int) -> Budget | None:

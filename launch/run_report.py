@@ -28,7 +28,7 @@ def make_report(
     base: dict[str, float],
     best_auc: float | None,
 ) -> dict[str, Any]:
-    """The row that a study compares. Ratios are bytes to serve against exact tables over all ids seen in training."""
+    """The row that a study compares. Ratios are bytes to serve against the exact tables of ``ratio_of``."""
     embedding_bytes = sum(p.bytes for p in plan.bags)
     return {
         "device": config.device,
@@ -53,6 +53,7 @@ def make_report(
         "embedding_bytes": embedding_bytes,
         "exact_embedding_bytes": plan.whole,
         "compression_ratio": plan.whole / embedding_bytes,
+        "ratio_of": plan.whole_of,
         "num_parameters": sum(p.numel() for p in steps.model.parameters()) + steps.rows.num_parameters,
         # Padding, of a last batch or of a bucket of bags, is no sample.
         "train_samples_per_second": outcome.samples / max(1, outcome.steps) / outcome.step_ms_median * 1000,
@@ -86,8 +87,8 @@ def print_results(report: dict[str, Any], base: dict[str, float], best_auc: floa
     if not math.isfinite(report["step_ms_median"]):
         speed = "too few steps to tell: the first one holds the start"
     print(
-        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of exact tables "
-        f"over all ids seen in training\nspeed               {speed}"
+        f"embeddings          {report['embedding_bytes']:,} bytes, 1/{report['compression_ratio']:.1f} of "
+        f"{report['ratio_of']}\nspeed               {speed}"
     )
     if report["compiles"]:
         print(f"graphs              {report['compiles']} compiled, {report['fallbacks']} operations on the CPU instead")
