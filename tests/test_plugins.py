@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_xla
-from dlrm_xla_plugins import fused_trains, multiplied_trains
+from dlrm_xla_plugins import fused_trains, hashes, multiplied_trains
 from dlrm_xla_plugins.distinct_trains import distinct_rows
 from dlrm_xla_plugins.grouped_trains import train_rows
 from dlrm_xla_plugins.quantized import dequantize, quantize
@@ -74,6 +74,19 @@ def test_tensor_train_shapes_are_padded_up_a_little(num_rows):
 @pytest.mark.parametrize(("dim", "expected"), [(1, 1), (16, 16), (64, 64), (128, 128), (13, 16), (17, 20)])
 def test_tensor_train_columns(dim, expected):
     assert dim <= np.prod(column_radices(dim)) <= expected
+
+
+def test_seeds_of_the_hash_are_shifts_of_one_function_far_apart():
+    def shift(seed):
+        return seed * 0x3C6EF372 % 2**31
+
+    ids = torch.arange(1000, dtype=torch.int32)
+    for seed in (1, 7, 33):
+        assert torch.equal(hashes.mixed(ids, seed), hashes.mixed(ids + shift(seed)))
+        assert torch.equal(hashes.mixed(ids, seed), hashes.mixed(ids + shift(seed) - 2**31))
+    for seeds, least in ((34, 56_502_930), (55, 6_669_304)):
+        shifts = sorted(map(shift, range(seeds)))
+        assert min(b - a for a, b in zip(shifts, [*shifts[1:], shifts[0] + 2**31], strict=True)) == least
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="tensorly is not installed")

@@ -18,6 +18,9 @@ def dhe(table: Table, inner: MakeBag, *, width: int = 64, hashes: int = 32) -> n
 
         x_k(i) = 2 hash_k(i) / 2^31 - 1,  e_i = std W3 mish(W2 mish(W1 x + b1) + b2)
 
+    Hashes are shifts of one function (`hashes.mixed`): up to 34 of them have nothing in common in tables of up to 56
+    million rows; in larger ones, or with more hashes, two ids may have some x_k at different k.
+
     Keeps 4 (hashes width + width^2 + width dim + 2 width) bytes, the last term biases, whatever the number of rows.
     Ends a composition: it asks ``inner`` for nothing. A lookup takes a multiplication for each weight, and no gather.
 

@@ -11,7 +11,12 @@ _MURMUR = 0xC2B2AE35 - 2**32
 
 
 def mixed(ids: Tensor, seed: int = 0) -> Tensor:
-    """Well mixed numbers from 0 to 2^31 - 1, int32; another function for each seed."""
+    """Well mixed numbers from 0 to 2^31 - 1, int32.
+
+    Seeds are shifts of one function: mixed(i, seed) = mixed(i + seed * 0x3C6EF372 mod 2^31), of period 2^31. So the
+    numbers of one seed are those of another at other ids, which a table of fewer rows than lie between the two does not
+    have: 56.5 million at the least among 34 seeds, but 6.7 million among 55. Trained checkpoints depend on it.
+    """
     # Masked before each shift: torch_xla 2.9 shifts a negative number as if it divided, rounding towards zero.
     x = (ids + seed * 0x3C6EF372 % 2**31) * _GOLDEN
     x = (x.bitwise_and(0x7FFFFFFF) >> 15) ^ x
