@@ -39,7 +39,7 @@ def preset_shapes() -> list[tuple[int, int]]:
 
 
 def grid_shapes() -> list[tuple[int, ...]]:
-    """Edges of tiles in one to four dimensions."""
+    """Edges of tiles in none to four dimensions."""
     edges = (1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257, 1000)
     shapes: list[tuple[int, ...]] = [(), *((n,) for n in (*edges, 255, 256, 511, 513, 1023, 1025, 4097, 100_003))]
     shapes += [(a, b) for a in edges for b in edges]
