@@ -11,11 +11,8 @@ from dlrm_xla.device import Device
 def one_hot_product(ids_N: Tensor, rows_RD: Tensor, device: Device) -> Tensor:
     """Rows by a matrix product with one-hot ids: exact, for each result is one number times 1."""
     hot_NR = one_hot(ids_N, len(rows_RD))
-    return (
-        torch.cat([hot_NR @ part for part in matmul_parts(rows_RD, device)], 1)
-        .view(len(ids_N), -1, rows_RD.shape[1])
-        .sum(1)
-    )
+    parts = [hot_NR @ part for part in matmul_parts(rows_RD, device)]
+    return torch.cat(parts, 1).view(len(ids_N), len(parts), rows_RD.shape[1]).sum(1)
 
 
 def one_hot(ids_N: Tensor, num_rows: int) -> Tensor:

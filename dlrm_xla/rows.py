@@ -163,7 +163,7 @@ class RowStack(nn.Module):
                 leaf = sums.detach()
             else:
                 leaf = self.bags(ids_BS, weights_BS, lengths) if pooled else self.read(ids_BS.reshape(-1))
-        leaf = leaf.view(len(ids_BS), -1, self.dim).requires_grad_()
+        leaf = leaf.view(len(ids_BS), len(lengths) if pooled else ids_BS.shape[1], self.dim).requires_grad_()
         self.lookups.append(Lookup(ids_BS, weights_BS.detach(), leaf, pooled, lengths, names, sums))
         return leaf if pooled else pool(leaf, weights_BS, lengths)
 
@@ -176,7 +176,8 @@ class RowStack(nn.Module):
         if sum_rows is None or self.placement == "matmul" or self.rows.dtype != torch.float32:
             return pool(self.read(ids_BS.reshape(-1)), weights_BS, lengths)
         starts_G = bag_starts(len(ids_BS), tuple(lengths), ids_BS.device)
-        return sum_rows(self.rows, ids_BS.reshape(-1), starts_G, weights_BS.reshape(-1)).view(len(ids_BS), -1, self.dim)
+        sums_GD = sum_rows(self.rows, ids_BS.reshape(-1), starts_G, weights_BS.reshape(-1))
+        return sums_GD.view(len(ids_BS), len(lengths), self.dim)
 
     def read(self, ids_N: Tensor) -> Tensor:
         """Rows of the stack's own ids, float32 [N, D]."""

@@ -22,7 +22,7 @@ from dlrm_xla.row_lines import rows_of, write_rows
 from dlrm_xla.row_optim import combine_duplicates, combine_lookups, round_stochastically
 from dlrm_xla.row_rules import RowSettings
 from dlrm_xla.row_store import RowStore
-from dlrm_xla.rows import RowTable
+from dlrm_xla.rows import RowStack, RowTable
 
 ROWS, DIM, BATCH = (50, 7, 31), 6, 16
 LENGTHS = (4, 1, 2)
@@ -509,6 +509,24 @@ def test_weights_that_a_plugin_learns_get_gradients(device):
     store.step()
     ((_, rows),) = store.tables()
     torch.testing.assert_close(rows, dense[0].detach() - 0.5 * dense[0].grad)
+
+
+@pytest.mark.parametrize("placement", ["sparse", "dense", "matmul"])
+@pytest.mark.parametrize("lengths", [(1, 1), (2, 2), (2, 1)])
+def test_an_empty_batch_is_looked_up(placement, lengths):
+    ids_BS = torch.zeros(0, sum(lengths), dtype=torch.int32)
+    weights_BS = torch.ones(ids_BS.shape)
+    bag = RowTable(Table("t", 5, DIM))
+    assert bag(ids_BS, weights_BS).shape == (0, DIM)
+    stack = RowStack([bag], open_device("cpu"), placement)
+    for training in (True, False):
+        assert stack.look_up(ids_BS, weights_BS, lengths, ["t", "t"], training).shape == (0, 2, DIM)
+        learned = weights_BS.clone().requires_grad_()
+        assert stack.look_up(ids_BS, learned, lengths, ["t", "t"], training).shape == (0, 2, DIM)
+    assert bag(ids_BS, weights_BS).shape == (0, DIM)
+    for lookup in stack.lookups:
+        lookup.leaf.grad = torch.zeros_like(lookup.leaf)
+        assert lookup.gradients().shape == (0, DIM)
 
 
 def test_lookups_outside_training_leave_nothing_behind():
