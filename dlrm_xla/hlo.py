@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ _MOVES = {
     *("copy", "copy-start", "slice-start", "transpose", "reshape", "bitcast", "convert"),
     *("parameter", "tuple", "get-tuple-element"),
 }
+# A vector register of 8 x 128 numbers of 32 bits.
+REGISTER_BYTES = 8 * 128 * 4
 _INTEGER = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}
 
@@ -80,15 +83,20 @@ class Module:
 
     @cached_property
     def schedule(self) -> list[Executed]:
-        """Every operation that is run by itself, loops followed; what is inside a fusion belongs to the fusion."""
+        """Every operation that is run by itself, loops followed; what is inside a fusion belongs to the fusion.
+
+        Of a conditional the branch that does most.
+        """
         return list(self._walk(self.entry, 1, ""))
 
     def _walk(self, name: str, times: int, around: str) -> Iterator[Executed]:
         for operation in self.computations[name]:
             op_name = operation.op_name or around
             if operation.kind in ("while", "conditional", "call", "async-start"):
-                for called in operation.calls:
-                    yield from self._walk(called, times * self.trips(operation), op_name)
+                called = [list(self._walk(name, times * self.trips(operation), op_name)) for name in operation.calls]
+                if operation.kind == "conditional":
+                    called = [max(called, key=_work)]
+                yield from itertools.chain(*called)
             if operation.kind not in _NAMES_ONLY | _ELSEWHERE:
                 yield Executed(operation, times, op_name)
 
@@ -121,6 +129,17 @@ class Module:
     @cached_property
     def _results(self) -> dict[str, tuple[Array, ...]]:
         return {o.name: o.results for operations in self.computations.values() for o in operations}
+
+    @cached_property
+    def unread_copies(self) -> frozenset[str]:
+        """Copies that no operation of this run reads, by the names of their copy-starts.
+
+        Such a one prefetches an argument for the next run, as this run's (``cross_program_prefetch_index``) was.
+        """
+        operations = [o for operations in self.computations.values() for o in operations]
+        read = {name for o in operations for name in o.operands}
+        unread = (o for o in operations if o.kind == "copy-done" and o.name not in read)
+        return frozenset(name for o in unread if not o.line.startswith("ROOT ") for name in o.operands)
 
     def arguments(self) -> dict[int, Array]:
         """Arguments of the program by number."""
@@ -200,3 +219,9 @@ def _closing(text: str) -> int:
 def sum_cycles(operations: Sequence[Executed]) -> int:
     """Known cycles of operations, each as often as it runs."""
     return sum(e.operation.cycles * e.times for e in operations if e.operation.cycles is not None)
+
+
+def _work(operations: Sequence[Executed]) -> float:
+    """Tells branches apart: known cycles, and for operations without, a vector register of results a cycle."""
+    uncounted = sum(e.times * a.bytes for e in operations if e.operation.cycles is None for a in e.operation.results)
+    return sum_cycles(operations) + uncounted / REGISTER_BYTES

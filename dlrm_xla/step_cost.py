@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dlrm_xla.collectives import KINDS, exchanges
-from dlrm_xla.hlo import Array, Executed, Module, Operation
+from dlrm_xla.hlo import REGISTER_BYTES, Array, Executed, Module, Operation
 from dlrm_xla.tpu import (
     SCATTER_WINDOW_BYTES,
     Chip,
@@ -21,8 +21,6 @@ from dlrm_xla.tpu import (
     update_seconds,
 )
 
-# A vector register of 8 x 128 numbers of 32 bits is read and one is written per cycle.
-REGISTER_BYTES = 8 * 128 * 4
 # Below this an operation without a count is a number or a small vector, a few cycles.
 _SMALL = 1024
 
@@ -44,11 +42,17 @@ class Cost(NamedTuple):
 
 
 def costs(module: Module, chip: Chip) -> list[Cost]:
-    """The cost of each operation of a step but for collectives, which are no work of one chip."""
+    """The cost of each operation of a step but for collectives, which are no work of one chip.
+
+    Nor is a bitcast of parts that lie side by side any, which is a custom call; and of an argument's prefetches, for
+    this run and for the next, one counts.
+    """
     found = []
     for executed in module.schedule:
         operation, cycles = executed.operation, executed.operation.cycles
         if cycles is None and _exchanges(module, operation):
+            continue
+        if operation.target == "ConcatBitcast" or operation.name in module.unread_copies:
             continue
         seconds = (
             modelled_seconds(module, executed, chip) if cycles is None else executed.times * cycles / chip.clock_hz

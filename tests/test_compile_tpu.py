@@ -252,6 +252,61 @@ def test_collectives_are_counted_once_by_their_channel_and_not_as_work():
     assert step_cost.costs(module, CHIPS["v5e"]) == []
 
 
+# A table that is prefetched for this run and, by a copy that nobody reads, for the next; and parts put side by side.
+PREFETCH_MODULE = """HloModule step, is_scheduled=true
+
+ENTRY %main (rows: f32[71162,128], other: f32[4000,128]) -> f32[4000,128] {
+  %rows = f32[71162,128]{1,0:T(8,128)} parameter(0)
+  %other = f32[4000,128]{1,0:T(8,128)} parameter(1)
+  %copy-start = (f32[71162,128]{1,0:T(8,128)S(1)}, f32[71162,128]{1,0:T(8,128)}, u32[]{:S(2)}) \
+copy-start(%rows), cross_program_prefetch_index=0
+  %copy-done = f32[71162,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %cast = f32[4000,128]{1,0:T(8,128)S(1)} custom-call(%other, %other), custom_call_target="ConcatBitcast"
+  %used = f32[4000,128]{1,0:T(8,128)S(1)} fusion(%copy-done, %cast), kind=kLoop, calls=%f
+  %copy-start.2 = (f32[4000,128]{1,0:T(8,128)}, f32[4000,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%used)
+  %copy-start.1 = (f32[71162,128]{1,0:T(8,128)S(1)}, f32[71162,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%rows)
+  %copy-done.1 = f32[71162,128]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
+  ROOT %copy-done.2 = f32[4000,128]{1,0:T(8,128)} copy-done(%copy-start.2)
+}
+"""
+
+
+def test_a_prefetch_for_the_next_run_and_a_bitcast_are_no_work_of_this_one():
+    costs = step_cost.costs(hlo.read(PREFETCH_MODULE), CHIPS["v5e"])
+    assert [c.operation.name for c in costs] == ["copy-start", "used", "copy-start.2"]
+
+
+BRANCHES_MODULE = """HloModule step, is_scheduled=true
+
+%cheap (a: f32[4000,128]) -> f32[4000,128] {
+  %a = f32[4000,128]{1,0:T(8,128)} parameter(0)
+  ROOT %few = f32[4000,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"10"}
+}
+
+%dear (b: f32[4000,128]) -> f32[4000,128] {
+  %b = f32[4000,128]{1,0:T(8,128)} parameter(0)
+  ROOT %many = f32[4000,128]{1,0:T(8,128)} fusion(%b), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"900"}
+}
+
+%uncounted (c: f32[4000,128]) -> f32[4000,128] {
+  %c = f32[4000,128]{1,0:T(8,128)} parameter(0)
+  ROOT %sorted = f32[4000,128]{1,0:T(8,128)} sort(%c)
+}
+
+ENTRY %main (which: s32[], rows: f32[4000,128]) -> f32[4000,128] {
+  %which = s32[]{:T(128)} parameter(0)
+  %rows = f32[4000,128]{1,0:T(8,128)} parameter(1)
+  ROOT %one = f32[4000,128]{1,0:T(8,128)} conditional(%which, %rows, %rows), branch_computations={%cheap, %OTHER}
+}
+"""
+
+
+@pytest.mark.parametrize(("other", "runs"), [("dear", "many"), ("uncounted", "sorted")])
+def test_of_a_conditional_one_branch_runs(other, runs):
+    module = hlo.read(BRANCHES_MODULE.replace("OTHER", other))
+    assert [e.operation.name for e in module.schedule] == [runs]
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.read("nothing")
