@@ -27,8 +27,8 @@ class Chip:
 
     ``topology`` and ``chip_config`` are what `jax.experimental.topologies.get_topology_desc` wants for one host.
     ``hbm_bytes`` is what the compiler lets a program use, less than what is sold; ``hbm_bytes_per_second`` and
-    ``bf16_flops`` are published peaks; ``vmem_bytes`` is memory on the chip, of one TensorCore. ``clock_hz`` turns the
-    compiler's cycles into time: published peak over the flops that all matrix units do in a cycle.
+    ``bf16_flops`` are published peaks. ``clock_hz`` turns the compiler's cycles into time: published peak over the
+    flops that all matrix units do in a cycle.
     ``link_bytes_per_second`` is what one link to a neighbour carries one way.
     """
 
@@ -37,17 +37,20 @@ class Chip:
     hbm_bytes: int
     hbm_bytes_per_second: float
     bf16_flops: float
-    vmem_bytes: int
     clock_hz: float
     link_bytes_per_second: float
     tensor_cores: int
-    sparse_cores: int
     chip_config: str = "default"
     devices_per_chip: int = 1
 
+    @property
+    def device(self) -> str:
+        """What one device is, in words."""
+        return "one chip" if self.devices_per_chip == 1 else f"one of a chip's {self.devices_per_chip} devices"
 
-_GB, _GIB, _MIB = 1e9, 2**30, 2**20
-# Peaks and SparseCores: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. VMEM, TensorCores and matrix units:
+
+_GB, _GIB = 1e9, 2**30
+# Peaks: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. TensorCores and matrix units:
 # jax/_src/pallas/mosaic/tpu_info.py of jax 0.10.2. HBM: the figure in libtpu 0.0.42's error for a program that is too
 # large. Flops a cycle and TensorCore: 4 units of 128 x 128 do 131,072; 2 units of 256 x 256 (v6e, 7x) do 524,288, two
 # passes a cycle, for the compiler schedules 369,912 flops a cycle there and one pass would be 262,144. The clocks that
@@ -56,24 +59,11 @@ _GB, _GIB, _MIB = 1e9, 2**30, 2**20
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 16 * _MIB, 1.05e9, 45 * _GB, 2, 4, "megacore"),
-        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 128 * _MIB, 1.5e9, 45 * _GB, 1, 0),
-        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 64 * _MIB, 1.75e9, 90 * _GB, 2, 4),
-        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 128 * _MIB, 1.75e9, 90 * _GB, 1, 2),
-        Chip(
-            "tpu7x",
-            "tpu7x:2x2x1",
-            int(94.75 * _GIB),
-            3690 * _GB,
-            1153.5e12,
-            64 * _MIB,
-            2.2e9,
-            90 * _GB,
-            1,
-            2,
-            "default",
-            2,
-        ),
+        Chip("v4", "v4:2x2x1", int(30.75 * _GIB), 1228 * _GB, 275e12, 1.05e9, 45 * _GB, 2, "megacore"),
+        Chip("v5e", "v5e:2x2", int(15.75 * _GIB), 819 * _GB, 197e12, 1.5e9, 45 * _GB, 1),
+        Chip("v5p", "v5p:2x2x1", int(95.74 * _GIB), 2765 * _GB, 459e12, 1.75e9, 90 * _GB, 2),
+        Chip("v6e", "v6e:2x2", int(31.25 * _GIB), 1638 * _GB, 918e12, 1.75e9, 90 * _GB, 1),
+        Chip("tpu7x", "tpu7x:2x2x1", int(94.75 * _GIB), 3690 * _GB, 1153.5e12, 2.2e9, 90 * _GB, 1, "default", 2),
     )
 }
 
@@ -114,7 +104,10 @@ _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4
 
 
 def find_slice(chip: Chip, chips: str) -> Slice:
-    """The slice of this many chips, such as "16", or of a topology, such as "4x4"; a UserError lists the numbers."""
+    """The slice of this many chips, such as "16", or of a topology, such as "4x4"; a UserError lists the numbers.
+
+    "1" is one device, which on a TPU7x is one of a chip's two.
+    """
     family, _, one_host = chip.topology.partition(":")
     if chips == "1":
         return Slice(1, chip.topology, (1,))
@@ -216,7 +209,10 @@ class Touched:
 
 @dataclass(frozen=True)
 class LowerBound:
-    """The least that a step moves and multiplies, and the time of the slower of the two; they may overlap fully."""
+    """The least that a step moves and multiplies, and the time of the slower of the two; they may overlap fully.
+
+    For different ids: a row that is looked up twice is counted twice, and a step may move it once.
+    """
 
     bytes: float
     flops: float
@@ -251,27 +247,28 @@ def lower_bound(
 
 
 # Bundles that XLA's compiled lookup and update issue for each row of one line (launch/tpu_theory.py, libtpu 0.0.42),
-# and those that each further line adds to a lookup (v5e, v6e). A chip of two TensorCores shares a lookup between them.
-# A TPU7x looks up on its SparseCores, whose programs are not shown: the figure of v6e stands in.
+# and those that each further line adds to a lookup, read for v5e and v6e: v4 and v5p have the figure of v5e. A chip of
+# two TensorCores shares a lookup between them. A TPU7x looks up on its SparseCores, whose programs are not shown: the
+# figures of v6e stand in. The lookup of v6e (5.0) and the update of v5p (103.7) are rounded down.
 _LOOKUP_CYCLES = {"v4": 4.3, "v5e": 5.3, "v5p": 5.3, "v6e": 4.9, "tpu7x": 4.9}
-_LINE_CYCLES = 3.6
-_UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74}
+_LINE_CYCLES = {"v4": 3.6, "v5e": 3.6, "v5p": 3.6, "v6e": 2.7, "tpu7x": 2.7}
+_UPDATE_CYCLES = {"v4": 107, "v5e": 65, "v5p": 103, "v6e": 71, "tpu7x": 74.5}
 # The same where the table is in the chip's own memory: 28,672 rows of 1,070 and 8,960 lines, 43,008 of 71,162 lines,
 # which are brought there and sorted first (the sort is an operation of its own). Two TensorCores share v4 and v5p. Of
-# TPU7x the figures are those of v6e, but for 6.2 bundles of small updates.
+# TPU7x none was read: the figures are those of v6e.
 _NEAR_LOOKUP_CYCLES = {"v4": 1.4, "v5e": 2.0, "v5p": 1.0, "v6e": 2.0, "tpu7x": 2.0}
 _NEAR_LINE_CYCLES = 1.2  # of further lines: 351 columns of 2,048 numbers issue 1.19 a line on v5e and v6e
-_NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 6.2}
+_NEAR_UPDATE_CYCLES = {"v4": 3.8, "v5e": 7.2, "v5p": 3.8, "v6e": 7.2, "tpu7x": 7.2}
 _NEAR_SORTED_UPDATE_CYCLES = {"v4": 11.3, "v5e": 8.8, "v5p": 8.8, "v6e": 8.3, "tpu7x": 8.3}
 # A kernel that scatters brings an array of up to so many bytes whole to the chip, by itself; of a larger one windows.
-SCATTER_WINDOW_BYTES = {"v4": 15_306_752, "v5e": 15_306_752, "v5p": 15_306_752, "v6e": 31_666_176, "tpu7x": 31_666_176}
+SCATTER_WINDOW_BYTES = {"v4": 15_831_040, "v5e": 15_831_040, "v5p": 15_831_040, "v6e": 32_190_464, "tpu7x": 32_190_464}
 _SORT_CYCLES = {"v4": 1.9, "v5e": 2.3, "v5p": 0.6, "v6e": 1.0, "tpu7x": 1.0}
 
 
 def lookup_seconds(chip: Chip, rows: int, dim: int) -> float:
     """XLA's gather of whole lines: the slower of issuing a copy for each row and of moving it in and out."""
     cores = chip.tensor_cores if chip.devices_per_chip == 1 else 1
-    cycles = _LOOKUP_CYCLES[chip.name] + _LINE_CYCLES * (row_bytes(dim) // LINE_BYTES - 1)
+    cycles = _LOOKUP_CYCLES[chip.name] + _LINE_CYCLES[chip.name] * (row_bytes(dim) // LINE_BYTES - 1)
     return max(rows * cycles / cores / chip.clock_hz, 2 * rows * row_bytes(dim) / chip.hbm_bytes_per_second)
 
 

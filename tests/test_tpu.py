@@ -218,6 +218,23 @@ def test_the_kernel_moves_and_issues_less_than_a_scatter(chip):
     assert copied < copied_by_scatter / 3
 
 
+@pytest.mark.parametrize("chip", tpu.CHIPS)
+def test_rows_in_hbm_cost_what_their_programs_issue(chip):
+    """The time model's constants against the bundles that were counted, of 53,248 ids in whole blocks."""
+    counted, found = json.loads((ROOT / "docs" / "tpu.json").read_text())["programs"], tpu.find_chip(chip)
+
+    def cycles(name):
+        return sum(kernel["issued"] for kernel in counted.get(f"{chip} {name}", {"kernels": []})["kernels"]) / 53_248
+
+    update = tpu.update_seconds(found, 1, (4_220_323, 128), is_sorted=False) * found.clock_hz
+    assert update == pytest.approx(cycles("update float32 128"), abs=0.7)
+    windows = counted[f"{chip} update float32 128 sorted"]["kernels"][0]["largest_copy"]
+    assert windows == tpu.SCATTER_WINDOW_BYTES[chip]
+    further = (tpu.lookup_seconds(found, 1, 256) - tpu.lookup_seconds(found, 1, 128)) * found.clock_hz
+    if lookup := cycles("lookup float32 256"):
+        assert further == pytest.approx(lookup - cycles("lookup float32 128"), abs=0.06)
+
+
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
 def test_rows_on_the_chip_cost_what_their_programs_issue(chip):
     """The time model's constants against the bundles that were counted; a line of 128 numbers a row."""
