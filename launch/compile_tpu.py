@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import signal
 import sys
@@ -36,6 +35,7 @@ from tpu_steps import check_plan, compile_step, step_report
 from dlrm_xla import registry
 from dlrm_xla.config import Config, resolve
 from dlrm_xla.errors import UserError
+from dlrm_xla.plan import in_words
 from dlrm_xla.steps import check_batch
 from dlrm_xla.tpu import CHIPS, Chip, Slice, find_chip, find_slice
 from dlrm_xla.tpu_compile import check_cache, compiler_version
@@ -111,8 +111,9 @@ def report_of(config: Config, chip: Chip, slice: Slice, cache: Path, tracers: Tr
     train, forward, *shorter = reports
     return {
         "chip": chip.name,
-        "chips": math.prod(slice.axes),
+        "chips": slice.devices // chip.devices_per_chip or slice.devices / chip.devices_per_chip,
         "devices": slice.devices,
+        "device": chip.device,
         "topology": slice.topology,
         "plugin": config.plugin,
         "preset": config.preset,
@@ -237,7 +238,7 @@ def text(report: dict[str, Any]) -> str:
 
 def _where(report: dict[str, Any]) -> str:
     if report["devices"] == 1:
-        return f"one {report['chip']}"
+        return str(report["device"]).replace("chip", report["chip"])  # one v5e; one of a tpu7x's 2 devices
     return f"{report['devices']} devices of {report['topology']}, figures are those of each"
 
 
@@ -261,16 +262,16 @@ def _scaling(report: dict[str, Any]) -> list[str]:
 
     def line(what: str, single: float | None, efficiency: float | None) -> str:
         if single is None or efficiency is None:
-            who = "one chip" if single is None else f"{report['devices']} devices"
+            who = one if single is None else f"{report['devices']} devices"
             return f"  {what}: {who} cannot hold it"
-        return f"  {what}: {efficiency:.2f} (one chip takes {single:.3f} ms)"
+        return f"  {what}: {efficiency:.2f} ({one} takes {single:.3f} ms)"
 
-    part = report["batch_size"] // report["devices"]
+    one, part = report["device"], report["batch_size"] // report["devices"]
     return [
-        "\nscaling efficiency against one chip, estimated",
+        f"\nscaling efficiency against {one}, estimated",
         line(f"the same batch of {report['batch_size']:,}", found["one_chip_ms"], found["efficiency_at_this_batch"]),
         line(
-            f"the same batch per chip, {part:,}",
+            f"the same batch per {'chip' if one == 'one chip' else 'device'}, {part:,}",
             found["one_chip_ms_of_its_part"],
             found["efficiency_at_this_batch_per_chip"],
         ),
@@ -278,8 +279,8 @@ def _scaling(report: dict[str, Any]) -> list[str]:
 
 
 def _memory(step: dict[str, Any]) -> list[str]:
-    def gb(key: str) -> str:
-        return "unknown" if step.get(key) is None else f"{step[key] / 1e9:10.3f} GB"
+    def size(key: str) -> str:
+        return "unknown" if step.get(key) is None else f"{in_words(step[key]):>13}"
 
     rows = [
         ("parameters", "parameter_bytes"),
@@ -288,7 +289,7 @@ def _memory(step: dict[str, Any]) -> list[str]:
         ("of them padding", "padding_bytes"),
         ("temporaries", "temporary_bytes"),
     ]
-    return [f"  {label:<22}{gb(key)}" for label, key in rows] + [f"  {step['verdict']}"]
+    return [f"  {label:<22}{size(key)}" for label, key in rows] + [f"  {step['verdict']}"]
 
 
 def _time(step: dict[str, Any]) -> list[str]:
@@ -300,7 +301,7 @@ def _time(step: dict[str, Any]) -> list[str]:
         f"{step['known_cycles']:,} cycles + {step['modelled_ms']:.3f} modelled"
         + (f" + {step['collective_ms']:.3f} between chips" if step["collectives"] else ""),
         f"  lower bound           {step['lower_bound_ms']:10.3f} ms, {step['ratio_to_lower_bound']:.1f} times less",
-        f"  bytes accessed        {step['bytes_accessed'] / 1e9:10.3f} GB, {step['flops'] / 1e9:,.2f} GFLOP by the "
+        f"  bytes accessed        {in_words(step['bytes_accessed']):>13}, {step['flops'] / 1e9:,.2f} GFLOP by the "
         "compiler's analysis",
         f"  dearest operations            ms {'by':<9}{'of torch':<22}{'of XLA, with its results':<60}  part, table",
         *(f"    {_line(o)}" for o in step["dearest"]),

@@ -24,7 +24,7 @@ def check_hosts(chip: Chip, slice: Slice) -> None:
     if asked != whole:
         raise UserError(
             f"--chips {asked}: a topology of {chip.name} consists of whole hosts, each of {host} chips; take {whole}, "
-            "or 1 for one chip"
+            f"or 1 for {chip.device}"
         )
 
 

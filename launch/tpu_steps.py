@@ -22,6 +22,7 @@ from dlrm_xla.collectives import collectives
 from dlrm_xla.config import Config
 from dlrm_xla.devices import open_device
 from dlrm_xla.model import DLRM
+from dlrm_xla.plan import in_words
 from dlrm_xla.row_optim import StackOptimizer
 from dlrm_xla.row_store import RowStore
 from dlrm_xla.rows import RowStack
@@ -283,7 +284,7 @@ def step_report(traced: Traced, compiled: Compiled, chip: Chip, slice: Slice) ->
         "code_bytes": used["generated_code"],
         "total_bytes": total,
         "fits": total <= chip.hbm_bytes,
-        "verdict": f"fits: {total / 1e9:,.2f} of {chip.hbm_bytes / 1e9:,.2f} GB",
+        "verdict": f"fits: {in_words(total)} of {in_words(chip.hbm_bytes)}",
         "known_cycles": hlo.sum_cycles(module.schedule),
         "known_ms": known * 1e3,
         "modelled_ms": modelled * 1e3,

@@ -325,7 +325,7 @@ def test_what_is_no_module_is_refused():
         (["--chips", "4", "--batch-size", "30"], "a batch of 30 cannot be cut into equal parts for 4 chips"),
         (["--out", "nowhere/else/x.json"], "a folder that exists"),
         (["--chips", "3x5"], "whole hosts, each of 2x2 chips; take 4x6, or 1 for one chip"),
-        (["--chip", "tpu7x", "--chips", "1x1x1"], "take 2x2x1, or 1 for one chip"),
+        (["--chip", "tpu7x", "--chips", "1x1x1"], "take 2x2x1, or 1 for one of a chip's 2 devices"),
         (["--dim", "0"], "dim is 0"),
     ],
 )
@@ -549,11 +549,34 @@ def test_a_refusal_says_how_much_is_missing(error, verdict):
 def test_it_is_said_which_chips_cannot_hold_a_step():
     found = {"one_chip_ms": 1.5, "efficiency_at_this_batch": None}
     found |= {"one_chip_ms_of_its_part": None, "efficiency_at_this_batch_per_chip": None}
-    lines = launch_script("compile_tpu")._scaling({"scaling": found, "batch_size": 64, "devices": 4})
-    assert lines[1:] == [
+
+    def report(chip):
+        return {"chip": chip, "device": CHIPS[chip].device, "scaling": found, "batch_size": 64, "devices": 4}
+
+    lines = launch_script("compile_tpu")._scaling(report("v5e"))
+    assert lines == [
+        "\nscaling efficiency against one chip, estimated",
         "  the same batch of 64: 4 devices cannot hold it",
         "  the same batch per chip, 16: one chip cannot hold it",
     ]
+    lines = launch_script("compile_tpu")._scaling(report("tpu7x"))
+    assert lines[0] == "\nscaling efficiency against one of a chip's 2 devices, estimated"
+    assert lines[2] == "  the same batch per device, 16: one of a chip's 2 devices cannot hold it"
+
+
+@pytest.mark.parametrize(("chip", "where"), [("v5e", "one v5e"), ("tpu7x", "one of a tpu7x's 2 devices")])
+def test_one_device_of_two_is_not_called_a_chip(chip, where):
+    report = {"chip": chip, "devices": 1, "device": CHIPS[chip].device}
+    assert launch_script("compile_tpu")._where(report) == where
+
+
+def test_a_small_model_has_its_bytes_in_a_unit_that_shows_them():
+    step = {"parameter_bytes": 2_900_000, "optimizer_bytes": 0, "argument_bytes": 2_163_000_000, "padding_bytes": None}
+    lines = launch_script("compile_tpu")._memory(step | {"temporary_bytes": 51_200, "verdict": "fits"})
+    assert [line.split(maxsplit=1)[-1] for line in (lines[0], lines[2])] == ["2.90 MB", "2.16 GB"]
+    assert lines[1].endswith(" 0 B")
+    assert lines[3].endswith("unknown")
+    assert lines[4].endswith(" 51.20 kB")
 
 
 def small(**settings):
