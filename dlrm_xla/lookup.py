@@ -91,7 +91,7 @@ def pool(rows_ND: Tensor, weights_BS: Tensor, lengths: Sequence[int]) -> Tensor:
     runs = equal_runs(lengths)
     parts = torch.split(rows_BSD, [length * count for length, count in runs], 1)
     pooled = [
-        part if length == 1 else part.reshape(len(part), count, length, part.shape[2]).sum(2)
+        part if length == 1 else part.reshape(part.shape[0], count, length, part.shape[2]).sum(2)
         for part, (length, count) in zip(parts, runs, strict=True)
     ]
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, 1)

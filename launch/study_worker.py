@@ -12,6 +12,7 @@ import fcntl
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -31,6 +32,7 @@ def _work(job: dict[str, Any]) -> NoReturn:
     """Becomes the call; holds the lock, where there is one, as long as it lives, whoever waits for it."""
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.setsid()  # Ctrl-C is told by the study, once
         lock = os.open(job["lock"], os.O_RDWR | os.O_CREAT) if job["lock"] else None
         if lock is not None:
@@ -61,6 +63,8 @@ def main() -> int:
     """Serves until its standard input ends."""
     for name in ("run", *LATE):
         importlib.import_module(name)
+    # Until a call is in the block that catches it: the study tells a call by its number as soon as there is one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for line in sys.stdin:
         with warnings.catch_warnings():
             # Python warns of other threads' locks, but these are pools of libraries, which wait for work.
